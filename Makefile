@@ -1,0 +1,55 @@
+# demo: the main job on any machine. test: everything CI runs but the compatibility run. Both set up their own .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: demo test test-cpu test-triton test-aten test-compat test-asan check bench gpu clean
+
+$(VENV)/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch setuptools wheel ninja
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[train,dev]'
+	touch $@
+
+demo: $(VENV)/ready
+	$(RUN) $(BIN)/fastlora demo
+
+test: $(VENV)/ready
+	$(MAKE) --no-print-directory test-cpu test-triton test-aten
+
+# csrc on the CPU, and everything that has no second implementation
+test-cpu: $(VENV)/ready
+	$(RUN) $(BIN)/python -m pytest tests
+
+# the Triton programs, through Triton's interpreter
+test-triton: $(VENV)/ready
+	$(RUN) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops
+
+# the ATen compositions that serve where csrc is not built
+test-aten: $(VENV)/ready
+	$(RUN) FASTLORA_CSRC=0 $(BIN)/python -m pytest tests/ops
+
+# the patching tests on the oldest transformers we support
+$(VENV)-compat/ready: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)-compat
+	$(VENV)-compat/bin/pip install -q -c constraints.txt torch setuptools wheel
+	grep -v '^transformers' constraints.txt > $(VENV)-compat/constraints.txt
+	FASTLORA_BUILD_CSRC=0 $(VENV)-compat/bin/pip install -q -c $(VENV)-compat/constraints.txt --no-build-isolation \
+		-e . transformers==4.57.6 pytest accelerate
+	touch $@
+
+test-compat: $(VENV)-compat/ready
+	$(RUN) $(VENV)-compat/bin/python -m pytest tests/patching
+
+check: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/ready
+	$(RUN) $(BIN)/python -m bench
+
+clean:
+	rm -rf $(VENV) $(VENV)-compat build dist *.egg-info fastlora/*.so

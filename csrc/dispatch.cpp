@@ -1,0 +1,56 @@
+// Which instruction set runs: decided once, at the first kernel call.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace fastlora {
+namespace {
+
+struct Candidate {
+  const Kernels* kernels;
+  bool supported;
+};
+
+const Kernels& choose() {
+  // Widest first. Every processor with AVX2 also has F16C, which older compilers cannot ask about.
+  const Candidate candidates[] = {
+#if defined(__x86_64__)
+      {&kernels_avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")},
+      {&kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+#endif
+      {&kernels_plain, true},
+  };
+
+  const char* wanted = std::getenv("FASTLORA_CPU_ISA");
+  std::string runs_here;
+  for (const Candidate& candidate : candidates) {
+    if (!candidate.supported) continue;
+    if (wanted == nullptr || *wanted == '\0' || candidate.kernels->isa == std::string(wanted)) {
+      return *candidate.kernels;
+    }
+    runs_here += (runs_here.empty() ? "" : ", ") + std::string(candidate.kernels->isa);
+  }
+  throw std::runtime_error("FASTLORA_CPU_ISA is '" + std::string(wanted) + "'; this machine and build run: " + runs_here);
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace fastlora
+
+// For `fastlora explain` and the benchmarks, through ctypes: the instruction set in use, or the error in words.
+extern "C" __attribute__((visibility("default"))) const char* fastlora_cpu_isa() {
+  try {
+    return fastlora::kernels().isa;
+  } catch (const std::exception& error) {
+    static const std::string message = error.what();
+    return message.c_str();
+  }
+}

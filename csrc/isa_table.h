@@ -1,0 +1,26 @@
+// Included once by each isa_*.cpp, after its Vec: the row loops, compiled for that instruction set, and their table.
+// Everything but the table has internal linkage, so no function compiled for AVX can stand in for another.
+#pragma once
+
+#include "cross_entropy.h"
+#include "rms_norm.h"
+#include "rope.h"
+#include "swiglu.h"
+
+#define FASTLORA_STRING_(x) #x
+#define FASTLORA_STRING(x) FASTLORA_STRING_(x)
+
+namespace fastlora {
+
+extern const Kernels FASTLORA_KERNELS = {
+    FASTLORA_STRING(FASTLORA_ISA),
+    FASTLORA_ISA::rms_norm_fwd,
+    FASTLORA_ISA::rms_norm_bwd,
+    FASTLORA_ISA::rms_norm_dw,
+    FASTLORA_ISA::rope,
+    FASTLORA_ISA::swiglu_fwd,
+    FASTLORA_ISA::swiglu_bwd,
+    FASTLORA_ISA::cross_entropy_rows,
+};
+
+}  // namespace fastlora

@@ -1,0 +1,109 @@
+// The contract between bindings.cpp (torch, threads, checks) and the row loops (one copy per instruction set).
+// Free of torch and of std templates: what the AVX translation units share with the rest must hold no inline code,
+// or the linker could keep the AVX copy of it and run that on a machine without AVX.
+#pragma once
+
+#include <cstdint>
+
+namespace fastlora {
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
+
+enum class DType : int8_t { f32, bf16, f16 };
+
+struct RmsNormFwd {
+  DType x_type, weight_type;  // weight_type is x_type or f32
+  const void* x;              // (M, cols)
+  const void* weight;         // (cols)
+  void* y;                    // (M, cols), dtype of weight
+  float* rstd;                // (M)
+  int64_t cols;
+  float eps;
+};
+
+struct RmsNormBwd {
+  DType x_type, weight_type;
+  const void* dy;  // (M, cols), dtype of weight
+  const void* x;
+  const void* weight;
+  const float* rstd;
+  void* dx;
+  float* dw_partials;  // (blocks, cols), or null
+  int64_t rows, cols;
+  int64_t block_rows;  // rows summed into one line of dw_partials
+};
+
+struct RmsNormDw {
+  DType weight_type;
+  const float* dw_partials;
+  void* dw;
+  int64_t blocks, cols;
+};
+
+struct RopeHeads {
+  const void* in;
+  void* out;
+  int64_t heads;
+  int64_t in_batch, in_head, in_token;  // strides, in elements
+  int64_t out_batch, out_head, out_token;
+};
+
+struct Rope {
+  DType type, table_type;  // table_type is type or f32
+  RopeHeads q, k;
+  const void* cos;  // (1 or B, tokens, dim)
+  const void* sin;
+  int64_t table_batch;  // stride of a batch in cos and sin, 0 where they are shared
+  int64_t tokens, dim;
+  bool inverse;
+};
+
+struct SwigluFwd {
+  DType type;
+  const void *gate, *up;
+  void* h;
+};
+
+struct SwigluBwd {
+  DType type;
+  const void *dh, *gate, *up;
+  void *dgate, *dup;
+};
+
+struct CrossEntropyRows {
+  DType type;
+  void* logits;  // (M, vocab), overwritten with the gradient when need_grad
+  const int64_t* labels;
+  float* loss;
+  int64_t vocab;
+  float scale;
+  bool need_grad;
+};
+
+// One instruction set's kernels. Each works on the half-open range [begin, end) of its parallel dimension.
+struct Kernels {
+  const char* isa;
+  void (*rms_norm_fwd)(const RmsNormFwd&, int64_t row_begin, int64_t row_end);
+  void (*rms_norm_bwd)(const RmsNormBwd&, int64_t block_begin, int64_t block_end);
+  void (*rms_norm_dw)(const RmsNormDw&, int64_t col_begin, int64_t col_end);
+  void (*rope)(const Rope&, int64_t batch_token_begin, int64_t batch_token_end);
+  void (*swiglu_fwd)(const SwigluFwd&, int64_t begin, int64_t end);
+  void (*swiglu_bwd)(const SwigluBwd&, int64_t begin, int64_t end);
+  void (*cross_entropy_rows)(const CrossEntropyRows&, int64_t row_begin, int64_t row_end);
+};
+
+extern const Kernels kernels_plain;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+// The widest instruction set of this machine, or the one FASTLORA_CPU_ISA names. Throws std::runtime_error.
+const Kernels& kernels();
+
+}  // namespace fastlora

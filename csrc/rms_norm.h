@@ -1,0 +1,102 @@
+// RMSNorm: y = weight * round(x * rstd), rstd = 1 / sqrt(mean(x^2) + eps), in Hugging Face's order of rounding.
+#pragma once
+
+#include "vec.h"
+
+namespace fastlora {
+namespace FASTLORA_ISA {
+namespace {
+
+template <class X, class W>
+void rms_norm_fwd_rows(const RmsNormFwd& a, int64_t row_begin, int64_t row_end) {
+  const W* weight = static_cast<const W*>(a.weight);
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    const X* x = static_cast<const X*>(a.x) + row * a.cols;
+    W* y = static_cast<W*>(a.y) + row * a.cols;
+
+    Vec squares[4] = {splat(0), splat(0), splat(0), splat(0)};
+    for (int64_t i = 0; i < a.cols; i += 4 * Vec::size) {
+      for (int u = 0; u < 4; ++u) {
+        const int64_t j = i + u * Vec::size;
+        const Vec v = load(x + j, a.cols - j);
+        squares[u] = fma(v, v, squares[u]);
+      }
+    }
+    const float mean = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / static_cast<float>(a.cols);
+    const float rstd = 1.0f / __builtin_sqrtf(mean + a.eps);
+    a.rstd[row] = rstd;
+
+    for (int64_t i = 0; i < a.cols; i += Vec::size) {
+      const int64_t left = a.cols - i;
+      const Vec normed = round_as(load(x + i, left) * splat(rstd), X{});
+      store(y + i, load(weight + i, left) * normed, left);
+    }
+  }
+}
+
+// With g = dy * weight and xhat = x * rstd:  dx = rstd * (g - xhat * mean(g * xhat)),  dw = sum of dy * round(xhat).
+template <class X, class W>
+void rms_norm_bwd_blocks(const RmsNormBwd& a, int64_t block_begin, int64_t block_end) {
+  const W* weight = static_cast<const W*>(a.weight);
+  for (int64_t block = block_begin; block < block_end; ++block) {
+    const int64_t row_begin = block * a.block_rows;
+    const int64_t row_end = row_begin + a.block_rows < a.rows ? row_begin + a.block_rows : a.rows;
+    float* dw = a.dw_partials ? a.dw_partials + block * a.cols : nullptr;
+    if (dw) {
+      for (int64_t i = 0; i < a.cols; ++i) dw[i] = 0.0f;
+    }
+
+    for (int64_t row = row_begin; row < row_end; ++row) {
+      const W* dy = static_cast<const W*>(a.dy) + row * a.cols;
+      const X* x = static_cast<const X*>(a.x) + row * a.cols;
+      X* dx = static_cast<X*>(a.dx) + row * a.cols;
+      const Vec rstd = splat(a.rstd[row]);
+
+      Vec dots[4] = {splat(0), splat(0), splat(0), splat(0)};
+      for (int64_t i = 0; i < a.cols; i += 4 * Vec::size) {
+        for (int u = 0; u < 4; ++u) {
+          const int64_t j = i + u * Vec::size, left = a.cols - j;
+          dots[u] = fma(load(dy + j, left) * load(weight + j, left), load(x + j, left) * rstd, dots[u]);
+        }
+      }
+      const Vec mean = splat(sum((dots[0] + dots[1]) + (dots[2] + dots[3])) / static_cast<float>(a.cols));
+
+      for (int64_t i = 0; i < a.cols; i += Vec::size) {
+        const int64_t left = a.cols - i;
+        const Vec dyi = load(dy + i, left), xhat = load(x + i, left) * rstd;
+        store(dx + i, rstd * fnma(xhat, mean, dyi * load(weight + i, left)), left);
+        if (dw) store(dw + i, fma(dyi, round_as(xhat, X{}), load(dw + i, left)), left);
+      }
+    }
+  }
+}
+
+template <class W>
+void rms_norm_dw_cols(const RmsNormDw& a, int64_t col_begin, int64_t col_end) {
+  for (int64_t i = col_begin; i < col_end; i += Vec::size) {
+    const int64_t left = col_end - i;
+    Vec total = splat(0);
+    for (int64_t block = 0; block < a.blocks; ++block) {
+      total = total + load(a.dw_partials + block * a.cols + i, left);
+    }
+    store(static_cast<W*>(a.dw) + i, total, left);
+  }
+}
+
+void rms_norm_fwd(const RmsNormFwd& a, int64_t begin, int64_t end) {
+  with_types(a.x_type, a.weight_type,
+             [&](auto x, auto w) { rms_norm_fwd_rows<decltype(x), decltype(w)>(a, begin, end); });
+}
+
+void rms_norm_bwd(const RmsNormBwd& a, int64_t begin, int64_t end) {
+  with_types(a.x_type, a.weight_type,
+             [&](auto x, auto w) { rms_norm_bwd_blocks<decltype(x), decltype(w)>(a, begin, end); });
+}
+
+void rms_norm_dw(const RmsNormDw& a, int64_t begin, int64_t end) {
+  with_type(a.weight_type, [&](auto w) { rms_norm_dw_cols<decltype(w)>(a, begin, end); });
+}
+
+}  // namespace
+}  // namespace FASTLORA_ISA
+}  // namespace fastlora

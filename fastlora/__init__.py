@@ -1,0 +1,31 @@
+"""fastlora: fused LoRA fine-tuning of Hugging Face Llama 2 models.
+
+    model = fastlora.patch(model)
+
+Importing fastlora is cheap and changes nothing: transformers and peft are imported when a model is patched, Triton when
+fastlora.ops is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import ops
+    from .patching import NotFused, Plan, explain, patch, patched, unpatch
+
+__version__ = "0.1.0"
+__all__ = ["NotFused", "Plan", "explain", "ops", "patch", "patched", "unpatch"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module(".ops", __name__)
+    if name in __all__:
+        return getattr(importlib.import_module(".patching", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,128 @@
+"""The commands and their flags. Imports only Typer; each command imports what it needs when it runs."""
+
+import sys
+from enum import Enum
+from typing import Annotated, Optional
+
+import typer
+
+import fastlora
+from fastlora.cli.settings import Settings
+
+app = typer.Typer(
+    help="LoRA fine-tuning of Llama 2 models with fused kernels. Adapters are plain PEFT files.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+DEFAULT = Settings(model="", data="", out="")
+
+
+class Dtype(str, Enum):
+    """Weight types."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fastlora {fastlora.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What every command shares."""
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Option(help="A model directory or a Hugging Face id.")],
+    data: Annotated[str, typer.Option(help="JSON lines, all of one kind: messages, prompt + completion, or text.")],
+    out: Annotated[str, typer.Option(help="Directory for adapter, checkpoints, loss.png and report.json.")],
+    rank: Annotated[int, typer.Option(min=1, help="LoRA rank.")] = DEFAULT.rank,
+    alpha: Annotated[float, typer.Option(help="LoRA alpha; the update is scaled by alpha / rank.")] = DEFAULT.alpha,
+    dropout: Annotated[float, typer.Option(min=0, max=0.99, help="LoRA dropout.")] = DEFAULT.dropout,
+    targets: Annotated[str, typer.Option(help="all-linear, or module names: q_proj,v_proj.")] = DEFAULT.targets,
+    lr: Annotated[float, typer.Option(min=0, help="Peak learning rate; falls linearly to 0.")] = DEFAULT.lr,
+    epochs: Annotated[float, typer.Option(min=0, help="Passes over the data.")] = DEFAULT.epochs,
+    max_steps: Annotated[
+        Optional[int], typer.Option(min=1, help="Stop after this many steps, whatever --epochs says.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward.")] = DEFAULT.batch_size,
+    grad_accum: Annotated[int, typer.Option(min=1, help="Forwards per optimizer step.")] = DEFAULT.grad_accum,
+    max_length: Annotated[
+        Optional[int],
+        typer.Option(min=2, help="Tokens per sequence; longer rows are cut.  [default: the model's context, at most 4096]"),
+    ] = None,
+    packing: Annotated[bool, typer.Option(help="Put several rows into one sequence.")] = DEFAULT.packing,
+    answers_only: Annotated[
+        Optional[bool],
+        typer.Option("--completion-only/--full-loss", help="Learn answers and completions only, or every token.  [default: completion-only]"),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option(help="Recompute layers in backward: less memory, slower.")
+    ] = DEFAULT.gradient_checkpointing,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Type of the frozen weights. auto: bfloat16 where the GPU has it.")
+    ] = Dtype.auto,
+    seed: Annotated[int, typer.Option(help="Seed of adapter, data order and dropout.")] = DEFAULT.seed,
+    save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = DEFAULT.save_steps,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    no_patch: Annotated[bool, typer.Option("--no-patch", help="Train without fastlora, to compare.")] = False,
+) -> None:
+    """Fine-tune a model with LoRA.
+
+    Ctrl-C (or SIGTERM) saves a checkpoint; --resume goes on from it on the same loss curve.
+    """
+    from rich.console import Console
+
+    from fastlora.cli.train import Interrupted, train as run
+
+    settings = Settings(
+        model=model, data=data, out=out, rank=rank, alpha=alpha, dropout=dropout, targets=targets, lr=lr,
+        epochs=epochs, max_steps=max_steps, batch_size=batch_size, grad_accum=grad_accum, max_length=max_length,
+        packing=packing, answers_only=answers_only, gradient_checkpointing=gradient_checkpointing, dtype=dtype.value,
+        seed=seed, save_steps=save_steps, patch=not no_patch,
+    )  # fmt: skip
+    try:
+        run(settings, resume, sys.argv[1:], Console())
+    except Interrupted as stop:
+        raise typer.Exit(128 + stop.signum) from None
+
+
+@app.command()
+def demo(
+    out: Annotated[Optional[str], typer.Option(help="Directory for everything made.  [default: a new temporary one]")] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Training steps of each run.")] = 60,
+) -> None:
+    """Train a small Llama with and without fastlora and compare. No download, no GPU, about three minutes."""
+    from rich.console import Console
+
+    from fastlora.cli.demo import demo as run
+
+    run(out, steps, Console())
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Option(help="A model directory or a Hugging Face id.")],
+    adapter: Annotated[
+        Optional[str], typer.Option(help="A PEFT adapter directory.  [default: a new adapter, as train makes it]")
+    ] = None,
+) -> None:
+    """Say for every module what runs fused, what is left alone, and why. Trains nothing."""
+    from rich.console import Console
+
+    from fastlora.cli.explain import explain as run
+
+    run(model, adapter, Console())

@@ -1,0 +1,28 @@
+"""`fastlora explain`: the plan of the patched model, without training."""
+
+from rich.console import Console
+
+from fastlora.cli.errors import CommandError, first_line
+from fastlora.cli.models import load_model
+from fastlora.cli.settings import Settings
+from fastlora.cli.train import add_lora
+
+
+def explain(model: str, adapter: str | None, console: Console) -> None:
+    """Print the plan of `model` with `adapter`, or with the LoRA `fastlora train` would add."""
+    import fastlora
+
+    base = load_model(model, "auto")
+    if adapter is None:
+        settings = Settings(model=model, data="", out="")
+        lora = add_lora(base, settings)
+        console.print(f"No --adapter: LoRA rank {settings.rank} on {settings.targets}, as fastlora train makes it")
+    else:
+        from peft import PeftModel
+
+        try:
+            lora = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CommandError(f"cannot load the adapter {adapter!r}: {first_line(error)}") from None
+    lora.train()
+    console.print(str(fastlora.explain(fastlora.patch(lora))), highlight=False, markup=False, soft_wrap=True)

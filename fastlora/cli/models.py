@@ -1,0 +1,73 @@
+"""Loading the model and the tokenizer, with one human line when it fails."""
+
+from typing import Any
+
+from fastlora.cli.errors import CommandError, first_line
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of `name`. It must have an end-of-sequence token, else the model never learns to stop."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CommandError(f"cannot load the tokenizer of {name!r}: {first_line(error)}") from None
+    if tokenizer.eos_token is None:
+        raise CommandError(f"the tokenizer of {name!r} has no end-of-sequence token (eos_token)")
+    return tokenizer
+
+
+def load_config(name: str) -> Any:
+    """The configuration of `name`."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise CommandError(f"cannot load the model {name!r}: {first_line(error)}") from None
+
+
+def load_model(name: str, dtype: str) -> Any:
+    """The causal language model `name` on the GPU, or on the CPU where there is none, in `dtype`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    resolved = resolve_dtype(dtype, load_config(name))
+    # Straight onto the device: which kernels run is decided by where the weights are when the model is patched.
+    device_map = {"": 0} if torch.cuda.is_available() else None
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=resolved, device_map=device_map)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise CommandError(f"cannot load the model {name!r}: {first_line(error)}") from None
+
+
+def resolve_dtype(dtype: str, config: Any) -> Any:
+    """The torch dtype for `--dtype`. auto: bfloat16 on a GPU that has it; on a CPU, bfloat16 if the model is stored so."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if dtype == "float16" and not cuda:
+        raise CommandError("--dtype float16 needs a GPU; on a CPU use float32 or bfloat16")
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else config.dtype == torch.bfloat16
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def one_device() -> str:
+    """The device to train on, by name. Raises `CommandError` where several would be used."""
+    import os
+
+    import torch
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise CommandError(
+            "fastlora train runs in one process. For several GPUs call fastlora.patch(model) in your own script"
+        )
+    count = torch.cuda.device_count()
+    if count > 1:
+        raise CommandError(f"fastlora train uses one GPU, {count} are visible. Choose one: CUDA_VISIBLE_DEVICES=0")
+    return torch.cuda.get_device_name(0) if count else "cpu"

@@ -1,0 +1,261 @@
+"""`fastlora train`: LoRA fine-tuning on TRL's SFTTrainer, patched."""
+
+import json
+import logging
+import shlex
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import fastlora
+from fastlora.cli import checkpoints
+from fastlora.cli.data import Rows, read_rows
+from fastlora.cli.errors import CommandError, first_line
+from fastlora.cli.files import write_json
+from fastlora.cli.settings import Settings
+
+CONTEXT = 4096
+RUN_FILE = "run.json"
+# What may differ between a run and its --resume: everything else would bend the loss curve.
+FREE_ON_RESUME = {"out", "epochs", "max_steps", "save_steps", "patch"}
+
+
+class Interrupted(Exception):
+    """A signal ended the run after a checkpoint. `signum` is the signal."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+
+
+def train(settings: Settings, resume: bool, argv: Sequence[str], console: Console) -> dict[str, Any]:
+    """Run or go on with a run. Writes adapter, tokenizer, loss.png and report.json to `settings.out`; the report.
+
+    `argv` is the command line, shown again as the way to resume.
+    """
+    began = time.perf_counter()
+    rows = read_rows(settings.data)
+    answers_only = _answers_only(settings, rows)
+    checkpoint = _open(settings, rows, resume, console)
+    _quiet()
+
+    trainer, stop, speed, progress = _build(settings, rows, answers_only, console)
+    from fastlora.cli.measure import PeakMemory
+
+    memory = PeakMemory()
+    try:
+        with stop:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        progress.close()
+    state = trainer.state
+    if stop.signum is not None and state.global_step < state.max_steps:
+        again = shlex.join([*argv, *([] if "--resume" in argv else ["--resume"])])
+        console.print(f"\nStopped at step {state.global_step} of {state.max_steps}; a checkpoint is saved. Go on with:")
+        console.print(f"  fastlora {again}", soft_wrap=True, highlight=False, markup=False)
+        raise Interrupted(stop.signum)
+
+    from fastlora.cli.report import loss_curve, plot_loss, versions
+
+    report = {
+        "device": str(trainer.args.device),
+        "versions": versions(),
+        "settings": asdict(settings),
+        "data": {"kind": rows.kind, "rows": len(rows.rows), "sha256": rows.sha256, "loss_on_answers": answers_only},
+        "steps": state.global_step,
+        "resumed_from_step": int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
+        "seconds": round(time.perf_counter() - began, 3),
+        "tokens": speed.tokens,
+        "tokens_per_second": speed.tokens_per_second(),
+        "peak_memory": {"bytes": memory.bytes(), "what": memory.what},
+        "saved_for_backward": {
+            "bytes_per_token": trainer.saved_bytes_per_token,
+            "what": "what autograd keeps of the first batch, without the model's weights, per position of the batch",
+        },
+        "plan": fastlora.explain(trainer.model).to_dict() if settings.patch else None,
+        "loss": loss_curve(state.log_history),
+    }
+    _finish(settings, trainer, report, plot_loss, console)
+    return report
+
+
+def _answers_only(settings: Settings, rows: Rows) -> bool:
+    if rows.kind == "text":
+        if settings.answers_only:
+            raise CommandError(f'--completion-only needs messages or prompt and completion; {settings.data} holds "text"')
+        return False
+    return settings.answers_only is not False
+
+
+def _open(settings: Settings, rows: Rows, resume: bool, console: Console) -> Path | None:
+    """Make the run's directory, or find in it the checkpoint to resume from."""
+    out = Path(settings.out)
+    if out.exists() and not out.is_dir():
+        raise CommandError(f"--out {out} is a file; it needs a directory")
+    identity = {**asdict(settings), "data": f"sha256 {rows.sha256}"}
+    if not resume:
+        if out.exists() and any(out.iterdir()):
+            raise CommandError(f"--out {out} is not empty. Go on with its run: --resume; or choose another directory")
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / RUN_FILE, identity)
+        return None
+    if not (out / RUN_FILE).exists():
+        raise CommandError(f"--resume: {out} holds no run of fastlora train ({RUN_FILE} is not there)")
+    before = json.loads((out / RUN_FILE).read_text(encoding="utf-8"))
+    changed = [key for key in identity if key not in FREE_ON_RESUME and identity[key] != before.get(key)]
+    if changed:
+        said = "; ".join(f"{key} was {before.get(key)}, is {identity[key]}" for key in changed)
+        raise CommandError(f"--resume: the run in {out} was started otherwise: {said}")
+    if found := checkpoints.finished(out):
+        console.print(f"Resuming from {found[-1]}", highlight=False)
+        return found[-1]
+    console.print(f"No checkpoint in {out} yet: starting at the first step", highlight=False)
+    return None
+
+
+def _quiet() -> None:
+    # What is left to say is said by the plan and the report.
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("trl").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _build(settings: Settings, rows: Rows, answers_only: bool, console: Console) -> tuple[Any, ...]:
+    from datasets import Dataset
+    from transformers import PrinterCallback
+
+    from fastlora.cli.chat import training_template
+    from fastlora.cli.measure import Speed
+    from fastlora.cli.models import load_model, load_tokenizer, one_device
+    from fastlora.cli.progress import ShowProgress
+    from fastlora.cli.trainer import LoRATrainer, Measure, StopOnSignal
+
+    device = one_device()
+    tokenizer = load_tokenizer(settings.model)
+    if rows.kind == "messages":
+        tokenizer.chat_template = training_template(tokenizer, answers_only)
+    model = add_lora(load_model(settings.model, settings.dtype), settings)
+    if settings.patch:
+        fastlora.patch(model)
+
+    stop, speed = StopOnSignal(), Speed()
+    progress = ShowProgress(console, speed)
+    try:
+        trainer = LoRATrainer(
+            model=model,
+            args=_arguments(settings, rows, answers_only, model),
+            train_dataset=Dataset.from_list(rows.rows),
+            processing_class=tokenizer,
+            callbacks=[stop, Measure(speed), progress],
+        )
+    except ValueError as error:
+        raise CommandError(f"TRL cannot train this: {first_line(error)}") from error
+    trainer.remove_callback(PrinterCallback)
+    trainer.speed = speed
+    if not len(trainer.train_dataset):
+        raise CommandError(f"no row of {settings.data} has a token to learn within --max-length {trainer.args.max_length}")
+    _announce(settings, rows, trainer, device, console)
+    return trainer, stop, speed, progress
+
+
+def add_lora(model: Any, settings: Settings) -> Any:
+    """`model` with a fresh LoRA adapter as a PeftModel, its A matrices drawn from `settings.seed`."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
+
+    targets: str | list[str] = settings.targets
+    if targets != "all-linear":
+        targets = [name.strip() for name in settings.targets.split(",")]
+    config = LoraConfig(
+        # Without a task type PEFT records the class it was given, which is ours once the model is patched.
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+    )
+    set_seed(settings.seed)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise CommandError(f"--targets {settings.targets}: {first_line(error)}") from None
+
+
+def _arguments(settings: Settings, rows: Rows, answers_only: bool, model: Any) -> Any:
+    import torch
+    from trl import SFTConfig
+
+    length = settings.max_length or min(CONTEXT, model.config.max_position_embeddings)
+    return SFTConfig(
+        output_dir=settings.out,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.grad_accum,
+        learning_rate=settings.lr,
+        max_length=length,
+        packing=settings.packing,
+        completion_only_loss=answers_only if rows.kind == "prompt-completion" else None,
+        assistant_only_loss=answers_only if rows.kind == "messages" else False,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        seed=settings.seed,
+        save_steps=settings.save_steps,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        # The weights already have the wanted type and the adapter is float32; autocast would only add casts.
+        # float16 alone needs the loss scaling that comes with it.
+        bf16=False,
+        fp16=settings.dtype == "float16",
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def _announce(settings: Settings, rows: Rows, trainer: Any, device: str, console: Console) -> None:
+    trained, total = trainer.model.get_nb_trainable_parameters()
+    sequences = len(trainer.train_dataset)
+    dtype = str(trainer.model.dtype).removeprefix("torch.")
+    console.print(f"[bold]{settings.model}[/bold] in {dtype} on {device}", highlight=False)
+    console.print(f"LoRA rank {settings.rank}: {trained:,} of {total:,} parameters train", highlight=False)
+    loss_on = "the answers" if trainer.args.assistant_only_loss or trainer.completion_only_loss else "every token"
+    note = f"{len(rows.rows):,} {rows.kind} rows, loss on {loss_on}"
+    if settings.packing:
+        note += f", packed into {sequences:,} sequences"
+    elif sequences < len(rows.rows):
+        note += f"; {len(rows.rows) - sequences:,} left out: nothing to learn within {trainer.args.max_length} tokens"
+    console.print(note, highlight=False)
+    if not settings.patch:
+        console.print("not patched (--no-patch)")
+        return
+    plan = fastlora.explain(trainer.model)
+    console.print(f"patched: {len(plan.rows) - len(plan.unfused)} of {len(plan.rows)} modules are fused", highlight=False)
+    for why in sorted({row.why for row in plan.unfused}):
+        console.print(f"  not fused: {why}", highlight=False, markup=False)
+
+
+def _finish(settings: Settings, trainer: Any, report: dict[str, Any], plot_loss: Any, console: Console) -> None:
+    out = Path(settings.out)
+    if not report["loss"] or report["resumed_from_step"] == report["steps"] and (out / "report.json").exists():
+        console.print(f"The run in {out} is already complete: step {report['steps']}", highlight=False)
+        return
+    # The report comes last: where it is, everything is.
+    trainer.model.save_pretrained(str(out), save_embedding_layers=False)
+    trainer.processing_class.save_pretrained(str(out))
+    plot_loss(report["loss"], out / "loss.png")
+    write_json(out / "report.json", report)
+    rate = report["tokens_per_second"]
+    console.print(
+        f"loss {report['loss'][0]['loss']:.4f} → {report['loss'][-1]['loss']:.4f} in {report['steps']} steps"
+        + (f", {rate:,.0f} tokens/s" if rate else "")
+        + f", peak {report['peak_memory']['bytes'] / 2**20:,.0f} MiB ({report['peak_memory']['what']})",
+        highlight=False,
+    )
+    console.print(f"Adapter, tokenizer, loss.png and report.json are in [bold]{out}[/bold]", highlight=False)

@@ -1,0 +1,70 @@
+"""The registry of fastlora's operators: PyTorch's own dispatcher, one schema per kernel.
+
+The CUDA key runs the Triton launcher. The CPU key runs the C++ kernel of csrc/ where the extension is built and the
+ATen composition where it is not. Under ``TRITON_INTERPRET=1`` the CPU key runs the Triton launcher, so that Triton
+code is tested without a GPU. ``FASTLORA_CSRC=0`` leaves the extension unloaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+BUILD_COMMAND = "pip install --no-build-isolation --no-deps --force-reinstall fastlora"
+
+_EXTENSION = Path(__file__).resolve().parents[1] / "_C.abi3.so"
+_library = torch.library.Library("fastlora", "DEF")
+
+
+def _load_extension() -> str:
+    """Load csrc and return its state in words: "loaded", or why it is not."""
+    if INTERPRET:
+        return "not loaded: TRITON_INTERPRET=1 runs the Triton code on the CPU"
+    if os.environ.get("FASTLORA_CSRC") == "0":
+        return "not loaded: FASTLORA_CSRC=0"
+    if not _EXTENSION.exists():
+        reason = f"not built; to build it: {BUILD_COMMAND}"
+    else:
+        try:
+            torch.ops.load_library(str(_EXTENSION))
+            return "loaded"
+        except OSError as error:
+            reason = f"does not load ({error}); to build it: {BUILD_COMMAND}"
+    if not torch.cuda.is_available():
+        logging.getLogger("fastlora").warning("C++ kernels: %s. ATen compositions serve instead.", reason)
+    return reason
+
+
+csrc_state = _load_extension()
+
+
+def register(schema: str, *, triton: Callable[..., Any], aten: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define ``fastlora::<schema>`` with its Triton launcher, its ATen composition and its shape function.
+
+    Args:
+        schema: PyTorch operator schema, such as ``"swiglu_fwd(Tensor gate, Tensor up) -> Tensor"``.
+        triton: launcher for the CUDA key (and the CPU key under the Triton interpreter).
+        aten: composition for the CPU key where csrc has no kernel of that name.
+        fake: returns empty outputs of the right shapes, dtypes and strides, for tracing.
+    """
+    name = _library.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    _library.impl(name, triton, "CUDA")
+    if INTERPRET:
+        _library.impl(name, triton, "CPU")
+    elif not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastlora::{name}", "CPU"):
+        _library.impl(name, aten, "CPU")
+    torch.library.register_fake(f"fastlora::{name}", fake, lib=_library)
+
+
+def runs_on_cpu(name: str) -> str:
+    """What the CPU key of ``fastlora::name`` runs: "triton (interpreter)", "csrc" or "aten"."""
+    if INTERPRET:
+        return "triton (interpreter)"
+    python_impls = getattr(_library, "_op_impls", set())
+    return "aten" if f"fastlora/{name}/CPU" in python_impls else "csrc"

@@ -1,0 +1,60 @@
+"""Triton itself, the one launch function, and device helpers that two or more kernels call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # torch for macOS and Windows comes without Triton; the CPU kernels do not need it
+
+    class _NoTriton:
+        def __getattr__(self, name: str) -> Any:
+            return self
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return args[0] if args and callable(args[0]) else self
+
+    triton = tl = _NoTriton()  # type: ignore[assignment]
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """Run ``kernel[grid](*args, **meta)`` on the device of the first argument; an empty grid runs nothing.
+
+    Every Triton launch of the library passes here, so compilation ahead of time and counting need one seam.
+    """
+    if 0 in grid:
+        return
+    device = args[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else torch.device(device):
+        # Passed explicitly: Triton announces another default for the next version.
+        kernel[grid](*args, enable_fp_fusion=True, **meta)
+
+
+def cdiv(a: int, b: int) -> int:
+    """⌈a / b⌉."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is ≥ n; 1 for n ≤ 1."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """What tl.dot does with fp32 operands: the user's own ``torch.backends.cuda.matmul`` setting."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@triton.jit
+def swizzle(pid, grid_m, grid_n, GROUP_M: tl.constexpr):
+    """Tile coordinates of program pid, in groups of GROUP_M rows of tiles so that operands stay in L2."""
+    width = GROUP_M * grid_n
+    group = pid // width
+    rows = tl.minimum(grid_m - group * GROUP_M, GROUP_M)
+    i_m = group * GROUP_M + (pid % width) % rows
+    i_n = (pid % width) // rows
+    return i_m, i_n

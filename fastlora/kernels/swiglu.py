@@ -1,0 +1,75 @@
+"""SwiGLU's elementwise part, silu(gate) · up, forward and backward."""
+
+from __future__ import annotations
+
+import torch
+
+from ._library import register
+from ._tiles import tile
+from ._tl import cdiv, launch, tl, triton
+
+
+@triton.jit
+def _swiglu_fwd_kernel(p_gate, p_up, p_h, numel, BLOCK: tl.constexpr):
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = o < numel
+    b_gate = tl.load(p_gate + o, mask=m, other=0.0)
+    b_up = tl.load(p_up + o, mask=m, other=0.0).to(tl.float32)
+    b_gf = b_gate.to(tl.float32)
+    b_silu = (b_gf * tl.sigmoid(b_gf)).to(b_gate.dtype).to(tl.float32)  # silu is rounded before the product
+    tl.store(p_h + o, (b_silu * b_up).to(p_h.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _swiglu_bwd_kernel(p_dh, p_gate, p_up, p_dgate, p_dup, numel, BLOCK: tl.constexpr):
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = o < numel
+    b_dh = tl.load(p_dh + o, mask=m, other=0.0).to(tl.float32)
+    b_gate = tl.load(p_gate + o, mask=m, other=0.0).to(tl.float32)
+    b_up = tl.load(p_up + o, mask=m, other=0.0).to(tl.float32)
+    b_sig = tl.sigmoid(b_gate)
+    b_dgate = b_dh * b_up * b_sig * (1 + b_gate * (1 - b_sig))
+    tl.store(p_dgate + o, b_dgate.to(p_dgate.dtype.element_ty), mask=m)
+    tl.store(p_dup + o, (b_dh * b_gate * b_sig).to(p_dup.dtype.element_ty), mask=m)
+
+
+def swiglu_fwd(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """h = round(silu(gate)) · up, elementwise."""
+    h = torch.empty_like(gate)
+    t = tile("swiglu", gate)
+    n = gate.numel()
+    launch(_swiglu_fwd_kernel, (cdiv(n, t.n),), gate, up, h, n, BLOCK=t.n, num_warps=t.warps)
+    return h
+
+
+def swiglu_bwd(dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """dgate and dup, elementwise."""
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    t = tile("swiglu", gate)
+    n = gate.numel()
+    launch(_swiglu_bwd_kernel, (cdiv(n, t.n),), dh, gate, up, dgate, dup, n, BLOCK=t.n, num_warps=t.warps)
+    return dgate, dup
+
+
+def _fwd_aten(gate, up):
+    return torch.nn.functional.silu(gate) * up
+
+
+def _bwd_aten(dh, gate, up):
+    dh, g, u = dh.float(), gate.float(), up.float()
+    sig = torch.sigmoid(g)
+    return (dh * u * sig * (1 + g * (1 - sig))).to(gate.dtype), (dh * g * sig).to(up.dtype)
+
+
+register(
+    "swiglu_fwd(Tensor gate, Tensor up) -> Tensor",
+    triton=swiglu_fwd,
+    aten=_fwd_aten,
+    fake=lambda gate, up: torch.empty_like(gate),
+)
+register(
+    "swiglu_bwd(Tensor dh, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    triton=swiglu_bwd,
+    aten=_bwd_aten,
+    fake=lambda dh, gate, up: (torch.empty_like(gate), torch.empty_like(up)),
+)

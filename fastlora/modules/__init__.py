@@ -1,0 +1,1 @@
+"""Hugging Face modules with another forward, and the one reader of PEFT's attributes."""

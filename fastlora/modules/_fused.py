@@ -1,0 +1,92 @@
+"""What every swapped module has in common: its state, its counters, its identity."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+FUSED = "fused"
+
+
+class Part(NamedTuple):
+    """One line of explain: a module or one of its projections, what runs there, and why not ours (None: ours)."""
+
+    name: str
+    runs: str
+    why: str | None
+
+
+class State:
+    """What patch() leaves on a module: the chosen ops, and how often each part was fused or passed through."""
+
+    def __init__(self, ops: frozenset[str]) -> None:
+        self.ops = ops
+        self.calls: defaultdict[str, Counter[str]] = defaultdict(Counter)
+
+
+class Fused:
+    """Mixin of the swapped classes, ``class LlamaMLP(Fused, hf.LlamaMLP)``.
+
+    A swapped class answers with the name *and module* of the class it stands for: whatever records a class by name
+    (config.architectures, PEFT's auto_mapping, FSDP's wrapping policies, transformers' output recorders) sees
+    Hugging Face's, and checkpoints and adapters never depend on fastlora. Pickle finds the class through _rebuild.
+    """
+
+    _fastlora: State
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        original = cls.__bases__[-1]
+        cls._fastlora_class = (cls.__module__, cls.__qualname__)
+        cls.__module__, cls.__qualname__, cls.__doc__ = original.__module__, original.__qualname__, original.__doc__
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _rebuild, self._fastlora_class, self.__dict__
+
+    def count(self, part: str, why: str | None = None) -> None:
+        """Count one call of a part, fused or passed through for the reason given. Compiled calls are not counted."""
+        if not torch.compiler.is_compiling():
+            self._fastlora.calls[part][why or FUSED] += 1
+
+    def parts(self) -> list[Part]:
+        """The lines of explain for this module, from its state now."""
+        raise NotImplementedError
+
+
+def _rebuild(module: str, name: str) -> Any:
+    """An empty instance of a swapped class, for unpickling and deepcopy."""
+    import importlib
+
+    cls = getattr(importlib.import_module(module), name)
+    return cls.__new__(cls)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The Hugging Face class a swapped module stands for, or the module's own class."""
+    return type(module).__bases__[-1] if isinstance(module, Fused) else type(module)
+
+
+def why_not_plain(*tensors: torch.Tensor | None) -> str | None:
+    """Why a kernel cannot read these weights and activations directly; None where it can."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in (torch.Tensor, nn.Parameter) and not torch.compiler.is_compiling():
+            return f"a tensor is a {type(tensor).__name__}"
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"a tensor is {str(tensor.dtype).removeprefix('torch.')}"
+        if tensor.device.type not in ("cpu", "cuda"):
+            return f"a tensor is on {tensor.device}"
+    return None
+
+
+def why_not_called(module: nn.Module) -> str | None:
+    """Why the forward of a submodule may not be bypassed: something of the user's is attached to its call."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"hooks on the {type(module).__name__}"
+    if "forward" in module.__dict__:
+        return f"the {type(module).__name__}'s forward was replaced on the instance"
+    return None

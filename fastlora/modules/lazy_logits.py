@@ -1,0 +1,67 @@
+"""Logits that cost nothing until somebody reads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class LazyLogits:
+    """Stands where a trainer expects ``outputs.logits`` after a fused loss, and computes them on first use.
+
+    ``shape``, ``dtype``, ``device`` and ``float()`` are answered without computing anything, because mixed-precision
+    wrappers ask for them at every step; any other attribute, index or torch function computes ``head(hidden)``.
+    """
+
+    def __init__(self, head: nn.Linear, hidden: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+        self._head, self._hidden = head, hidden
+        self.dtype = dtype or hidden.dtype
+        self._value: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self._hidden.shape[:-1], self._head.out_features))
+
+    @property
+    def device(self) -> torch.device:
+        return self._hidden.device
+
+    def float(self) -> LazyLogits:
+        return LazyLogits(self._head, self._hidden, torch.float32)
+
+    def tensor(self) -> torch.Tensor:
+        """The logits, (..., V), attached to the graph of the hidden states."""
+        if self._value is None:
+            self._value = self._head(self._hidden).to(self.dtype)
+        return self._value
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # copy and pickle probe for these before there is anything to compute
+            raise AttributeError(name)
+        return getattr(self.tensor(), name)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.tensor()[index]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def plain(x: Any) -> Any:
+            return x.tensor() if isinstance(x, cls) else x
+
+        return function(*map(plain, args), **{k: plain(v) for k, v in (kwargs or {}).items()})
+
+
+def _operator(name: str) -> Any:
+    return lambda self, *others: getattr(self.tensor(), name)(*others)
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "neg", "eq", "lt", "gt"):
+    setattr(LazyLogits, f"__{_name}__", _operator(f"__{_name}__"))

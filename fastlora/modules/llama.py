@@ -1,0 +1,144 @@
+"""transformers' Llama modules with another forward: no new parameters, no ``__init__``, the same results.
+
+Each forward decides from the module's state now, so adapters may be added, switched, disabled or merged at any time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama import modeling_llama as hf
+
+from ..ops import linear_cross_entropy, rms_norm, rope, swiglu
+from . import lora
+from ._fused import Fused, Part, why_not_called, why_not_plain
+from .lazy_logits import LazyLogits
+
+
+class LlamaRMSNorm(Fused, hf.LlamaRMSNorm):
+    def parts(self) -> list[Part]:
+        return [Part("", "fastlora rms_norm", why_not_plain(self.weight))]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        why = why_not_plain(hidden_states, self.weight)
+        if why is None and self.weight.dtype not in (hidden_states.dtype, torch.float32):
+            why = f"mixed dtypes: x {hidden_states.dtype}, weight {self.weight.dtype}".replace("torch.", "")
+        self.count("", why)
+        if why:
+            return super().forward(hidden_states)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class LlamaMLP(Fused, hf.LlamaMLP):
+    def parts(self) -> list[Part]:
+        activation = "fastlora swiglu" if "swiglu" in self._fastlora.ops else "transformers silu · up"
+        return [Part("", activation, None), *(lora.part(self, n) for n in ("gate_proj", "up_proj", "down_proj"))]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = lora.linear(self, "gate_proj", x)
+        up = lora.linear(self, "up_proj", x)
+        why = why_not_plain(gate, up) if "swiglu" in self._fastlora.ops else "swiglu is not among the chosen ops"
+        self.count("", why)
+        h = self.act_fn(gate) * up if why else swiglu(gate, up)
+        return lora.linear(self, "down_proj", h)
+
+
+class LlamaAttention(Fused, hf.LlamaAttention):
+    def parts(self) -> list[Part]:
+        rotation = "fastlora rope" if "rope" in self._fastlora.ops else "transformers rope"
+        runs = f"{rotation}; attention: {self.config._attn_implementation} (transformers)"
+        return [Part("", runs, None), *(lora.part(self, n) for n in ("q_proj", "k_proj", "v_proj", "o_proj"))]
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch, tokens = hidden_states.shape[:-1]
+        q, k, v = (
+            lora.linear(self, name, hidden_states).view(batch, tokens, -1, self.head_dim).transpose(1, 2)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        cos, sin = position_embeddings
+        why = why_not_plain(q, k, cos, sin) if "rope" in self._fastlora.ops else "rope is not among the chosen ops"
+        self.count("", why)
+        q, k = hf.apply_rotary_pos_emb(q, k, cos, sin) if why else rope(q, k, cos, sin)
+        if past_key_values is not None:
+            # transformers 4 caches may read the tables; transformers 5 ignores the argument.
+            tables = {"sin": sin, "cos": cos, "cache_position": kwargs.get("cache_position")}
+            k, v = past_key_values.update(k, v, self.layer_idx, tables)
+        name = self.config._attn_implementation
+        attend = hf.eager_attention_forward if name == "eager" else hf.ALL_ATTENTION_FUNCTIONS[name]
+        dropout = self.attention_dropout if self.training else 0.0
+        out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        return lora.linear(self, "o_proj", out.reshape(batch, tokens, -1).contiguous()), weights
+
+
+class LlamaForCausalLM(Fused, hf.LlamaForCausalLM):
+    def _why_not_head(self) -> str | None:
+        if "forward" in self.__dict__:
+            owner = getattr(self.forward, "__module__", None) or "the caller"
+            return f"the model's forward was replaced on the instance (by {owner}), which calls ours or not"
+        if type(self.lm_head) is not nn.Linear:
+            return f"lm_head is a {type(self.lm_head).__name__}"
+        if self.lm_head.bias is not None:
+            return "lm_head has a bias"
+        if self.loss_function is not ForCausalLMLoss:
+            return "the model has a loss function of its own"
+        return why_not_called(self.lm_head) or why_not_plain(self.lm_head.weight)
+
+    def parts(self) -> list[Part]:
+        why = self._why_not_head()
+        return [Part("", "transformers loss" if why else "fastlora linear_cross_entropy (training, with labels)", why)]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        labels = kwargs.get("labels")
+        if labels is None or not self.training or not torch.is_grad_enabled():
+            return super().forward(*args, **kwargs)
+        if why := self._why_not_loss(kwargs):
+            self.count("", why)
+            return super().forward(*args, **kwargs)
+        kwargs.pop("labels")
+        kwargs.pop("logits_to_keep", None)
+        outputs = self.model(*args, **kwargs)
+        hidden = outputs.last_hidden_state
+        weight = self.lm_head.weight
+        if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            raise TypeError(f"lm_head: hidden states are {hidden.dtype} and its weight is {weight.dtype}")
+        self.count("")
+        shifted = kwargs.get("shift_labels")
+        if shifted is None:
+            shifted = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+        loss = linear_cross_entropy(
+            hidden,
+            weight,
+            shifted.to(hidden.device),
+            ignore_index=kwargs.get("ignore_index", -100),
+            num_items=_on(hidden.device, kwargs.get("num_items_in_batch")),
+        )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=LazyLogits(self.lm_head, hidden),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _why_not_loss(self, kwargs: dict[str, Any]) -> str | None:
+        if kwargs.get("return_dict", getattr(self.config, "return_dict", True)) is False:
+            return "return_dict=False"
+        keep = kwargs.get("logits_to_keep", 0)
+        if isinstance(keep, torch.Tensor) or keep != 0:
+            return "logits_to_keep"
+        return self._why_not_head()
+
+
+def _on(device: torch.device, items: Any) -> Any:
+    return items.to(device) if isinstance(items, torch.Tensor) else items

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ..kernels import linear_cross_entropy as _kernels  # noqa: F401  registers the operators
+from . import _check
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """factor · loss, per row or summed.
+
+    The forward's gradient carries the mantissa of factor and the backward its power of two, which is exact: dlogits is
+    rounded at the size of a probability, so that small factors do not underflow in fp16 before a loss scale arrives.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, factor, ignore_index, summed):
+        mantissa, exponent = torch.frexp(factor)
+        need_dh, need_dw = ctx.needs_input_grad[:2]
+        loss, dh, dw = torch.ops.fastlora.linear_cross_entropy_fwd(
+            hidden, weight, labels, mantissa, ignore_index, need_dh, need_dw
+        )
+        ctx.save_for_backward(dh, dw, exponent)
+        ctx.weight_dtype = weight.dtype
+        return (loss.sum() if summed else loss) * factor
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        dh, dw, exponent = ctx.saved_tensors
+        need_dh, need_dw = ctx.needs_input_grad[:2]
+        scale = torch.ldexp(dloss, exponent)
+        dhidden = (dh * (scale[:, None] if scale.dim() else scale)).to(dh.dtype) if need_dh else None
+        dweight = (dw * scale).to(ctx.weight_dtype) if need_dw else None
+        return dhidden, dweight, None, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: int | float | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Cross-entropy of ``logits = hidden weightᵀ`` against labels, without ever holding the full logits.
+
+    ``loss_i = logsumexp(logits_i) − logits_i[label_i]`` in fp32 over logits in the dtype of hidden. The gradient,
+    ``softmax − onehot``, is made chunk by chunk in the forward; rows labelled ignore_index reach no matrix product.
+    Under autocast hidden and weight take autocast's dtype.
+
+    Args:
+        hidden: (..., H), fp32, bf16 or fp16. Labels are not shifted here.
+        weight: (V, H), dtype of hidden.
+        labels: (...), int64, in [0, V) or ignore_index.
+        ignore_index: the label of rows that count nothing.
+        reduction: "mean" over the counted rows, "sum", or "none" (a frozen weight only).
+        num_items: where given, the sum of losses is divided by it instead, as Hugging Face does under gradient
+            accumulation; reduction must then be "mean".
+
+    Returns:
+        fp32: a scalar, or (...) for reduction "none". The mean over no rows is NaN. Saved for backward: one (M, H)
+        gradient in the dtype of hidden, and (V, H) fp32 where weight trains.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, device or reduction, or dtype, by the name of the argument.
+        IndexError: a label out of range, on the CPU. On a GPU its loss is NaN.
+
+    Source: Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, arXiv:2411.09009, for the problem;
+    the gradient in the forward is exact here, with no filtering.
+    """
+    op = "linear_cross_entropy"
+    hidden, weight = _check.autocast(hidden.device, hidden, weight)
+    _check.dtype(op, "hidden", hidden, _check.FLOATS)
+    _check.shape(op, "weight", weight, (None, hidden.shape[-1]), "as (V, H) with H the last dimension of hidden")
+    _check.dtype(op, "weight", weight, (hidden.dtype,), "to match hidden")
+    _check.shape(op, "labels", labels, tuple(hidden.shape[:-1]), "to match hidden in all but the last dimension")
+    _check.dtype(op, "labels", labels, (torch.int64,))
+    _check.same_device(op, "hidden", hidden, weight=weight, labels=labels)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{op}: reduction is {reduction!r}, needs 'mean', 'sum' or 'none'")
+    if num_items is not None and reduction != "mean":
+        raise ValueError(f"{op}: num_items goes with reduction 'mean', got {reduction!r}")
+    if reduction == "none" and weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{op}: weight requires a gradient, needs reduction 'mean' or 'sum', got 'none'")
+    factor = torch.ones((), dtype=torch.float32, device=hidden.device)
+    if num_items is not None:
+        factor = factor / num_items
+    elif reduction == "mean":
+        counted = (labels != ignore_index).sum()
+        factor = factor / counted.clamp(min=1)
+    rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+    loss = _LinearCrossEntropy.apply(rows, weight, labels.reshape(-1), factor, ignore_index, reduction != "none")
+    if reduction == "none":
+        return loss.view(labels.shape)
+    if reduction == "mean" and num_items is None:
+        loss = loss.masked_fill(counted == 0, float("nan"))
+    return loss

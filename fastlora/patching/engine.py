@@ -1,0 +1,162 @@
+"""patch, unpatch and explain. Knows tables of swaps, and no model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from ..kernels import _library
+from ..modules._fused import FUSED, Fused, State, original_class
+from .plan import Plan, Row
+
+Model = TypeVar("Model", bound=nn.Module)
+
+OPS = frozenset({"linear_cross_entropy", "lora_linear", "rms_norm", "rope", "swiglu"})
+
+
+class NotFused(RuntimeError):
+    """Raised by ``patch(model, strict=True)`` where something could not be fused; names it and the reason."""
+
+
+class Swap(NamedTuple):
+    """A class that gives way to one with another forward, if any of ``ops`` is chosen, unless a reason is returned."""
+
+    original: type[nn.Module]
+    fast: type[nn.Module]
+    ops: set[str]
+    unless: Callable[[nn.Module], str | None] = lambda module: None
+
+    def why_not(self, module: nn.Module) -> str | None:
+        """Why this module keeps its class; None where it may be swapped."""
+        original = original_class(module)
+        if original is not self.original:
+            return f"{original.__name__} ({original.__module__}) is a subclass that may compute something else"
+        if self.original.forward.__module__ != self.original.__module__:
+            return f"{self.original.__name__}.forward was replaced by {self.original.forward.__module__}"
+        if "forward" in module.__dict__ and not isinstance(module, Fused):
+            return "its forward was replaced on the instance (an accelerate hook, or another patch)"
+        return self.unless(module)
+
+
+def _table() -> tuple[Swap, ...]:
+    from .llama import TABLE
+
+    return TABLE
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Swap]]:
+    table = _table()
+    for path, module in model.named_modules():
+        for swap in table:
+            if isinstance(module, swap.original):
+                yield path, module, swap
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, needs a torch.nn.Module such as a LlamaForCausalLM")
+
+
+def _check_ops(ops: Iterable[str] | None) -> frozenset[str]:
+    if ops is None:
+        return OPS
+    chosen = frozenset([ops] if isinstance(ops, str) else ops)
+    if unknown := chosen - OPS:
+        raise ValueError(f"ops has {sorted(unknown)}, needs names among {sorted(OPS)}")
+    return chosen
+
+
+def _states(model: nn.Module) -> dict[nn.Module, tuple[type, State | None]]:
+    return {module: (type(module), module.__dict__.get("_fastlora")) for _, module, _ in _candidates(model)}
+
+
+def _restore(states: dict[nn.Module, tuple[type, State | None]]) -> None:
+    for module, (cls, state) in states.items():
+        module.__class__ = cls
+        module.__dict__.pop("_fastlora", None)
+        if state is not None:
+            module.__dict__["_fastlora"] = state
+
+
+def patch(model: Model, ops: Iterable[str] | None = None, strict: bool = False) -> Model:
+    """Fuse the Llama modules of ``model`` in place, before or after ``get_peft_model``, and return it.
+
+    Only this model changes, and only the class of its modules: parameters, state_dict, hooks and config stay. What is
+    not plain LoRA keeps its own forward; ``explain(model)`` says what and why. A second call chooses anew.
+
+    Args:
+        model: a LlamaForCausalLM, or anything that contains one (a PeftModel, a wrapper).
+        ops: which ops to use, among "linear_cross_entropy", "lora_linear", "rms_norm", "rope", "swiglu". Default: all.
+        strict: raise NotFused, with the model as it was, if anything that could be fused would not be.
+
+    Raises:
+        TypeError, ValueError: model is not a torch.nn.Module, or ops has unknown names.
+        NotFused: with strict=True.
+    """
+    _check_model(model)
+    chosen = _check_ops(ops)
+    before = _states(model)
+    for _, module, swap in _candidates(model):
+        mine = chosen & swap.ops
+        if mine and swap.why_not(module) is None:
+            calls = module._fastlora.calls if isinstance(module, Fused) else {}
+            module.__class__ = swap.fast
+            module._fastlora = State(frozenset(mine))
+            module._fastlora.calls.update(calls)
+        elif isinstance(module, Fused):
+            _restore({module: (swap.original, None)})
+    plan = explain(model)
+    if strict and (plan.unfused or not plan.rows):
+        _restore(before)
+        reasons = [f"{row.path}: {row.why}" for row in plan.unfused] or ["no Llama module found"]
+        raise NotFused("could not fuse\n  " + "\n  ".join(reasons))
+    if not plan.rows:
+        logging.getLogger("fastlora").warning("%s has no Llama module: nothing was fused", type(model).__name__)
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Give every module of ``model`` its own class back; nothing of fastlora stays on it. Returns the model."""
+    _check_model(model)
+    _restore({m: (original_class(m), None) for m in model.modules() if isinstance(m, Fused)})
+    return model
+
+
+@contextmanager
+def patched(model: Model, ops: Iterable[str] | None = None, strict: bool = False) -> Iterator[Model]:
+    """``with patched(model):`` patch, and put back what was there before."""
+    _check_model(model)
+    before = _states(model)
+    try:
+        yield patch(model, ops=ops, strict=strict)
+    finally:
+        _restore(before)
+
+
+def explain(model: nn.Module) -> Plan:
+    """Say for every module that fastlora knows what runs, why not ours, and how often each ran since ``patch``."""
+    _check_model(model)
+    rows: list[Row] = []
+    for path, module, swap in _candidates(model):
+        if not isinstance(module, Fused):
+            rows.append(Row(path, f"transformers {swap.original.__name__}", swap.why_not(module) or "not patched"))
+            continue
+        for part in module.parts():
+            calls = module._fastlora.calls.get(part.name, {})
+            passed = {reason: n for reason, n in calls.items() if reason != FUSED}
+            why = part.why or (max(passed, key=passed.__getitem__) if passed else None)
+            where = ".".join(filter(None, (path, part.name)))
+            rows.append(Row(where, part.runs, why, calls.get(FUSED, 0), sum(passed.values())))
+    return Plan(tuple(rows), _backend(model))
+
+
+def _backend(model: nn.Module) -> str:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type == "cuda":
+        return f"Kernels: Triton on {torch.cuda.get_device_name(device)}."
+    return f"Kernels: CPU; C++ extension {_library.csrc_state}."

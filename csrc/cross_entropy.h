@@ -16,23 +16,23 @@ void cross_entropy_range(const CrossEntropyRows& a, int64_t row_begin, int64_t r
     const int64_t label = a.labels[row];
     const Vec label_logit = load(logits + label, 1, minus_infinity);
 
-    Vec tops[4] = {splat(minus_infinity), splat(minus_infinity), splat(minus_infinity), splat(minus_infinity)};
-    for (int64_t i = 0; i < a.vocab; i += 4 * Vec::size) {
-      for (int u = 0; u < 4; ++u) {
+    Chains tops(minus_infinity);
+    for (int64_t i = 0; i < a.vocab; i += Chains::step) {
+      for (int u = 0; u < Chains::count; ++u) {
         const int64_t j = i + u * Vec::size;
-        tops[u] = max(tops[u], load(logits + j, a.vocab - j, minus_infinity));
+        tops.v[u] = max(tops.v[u], load(logits + j, a.vocab - j, minus_infinity));
       }
     }
-    const float top = largest(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
+    const float top = largest(tops);
 
-    Vec sums[4] = {splat(0), splat(0), splat(0), splat(0)};
-    for (int64_t i = 0; i < a.vocab; i += 4 * Vec::size) {
-      for (int u = 0; u < 4; ++u) {
+    Chains sums(0.0f);
+    for (int64_t i = 0; i < a.vocab; i += Chains::step) {
+      for (int u = 0; u < Chains::count; ++u) {
         const int64_t j = i + u * Vec::size;
-        sums[u] = sums[u] + exp(load(logits + j, a.vocab - j, minus_infinity) - splat(top));
+        sums.v[u] = sums.v[u] + exp(load(logits + j, a.vocab - j, minus_infinity) - splat(top));
       }
     }
-    const float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    const float total = sum(sums);
     a.loss[row] = __builtin_logf(total) + (top - largest(label_logit));
     if (!a.need_grad) continue;
 

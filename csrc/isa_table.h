@@ -1,4 +1,4 @@
-// Included once by each isa_*.cpp, after its Vec: the row loops, compiled for that instruction set, and their table.
+// Included once by each isa_*.cpp, after its Reg: the row loops, compiled for that instruction set, and their table.
 // Everything but the table has internal linkage, so no function compiled for AVX can stand in for another.
 #pragma once
 

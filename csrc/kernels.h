@@ -27,12 +27,14 @@ struct RmsNormFwd {
 };
 
 struct RmsNormBwd {
-  DType x_type, weight_type;
-  const void* dy;  // (M, cols), dtype of weight
+  DType x_type, weight_type, dy_type;
+  const void* dy;  // (M, cols)
   const void* x;
   const void* weight;
   const float* rstd;
+  const void* dresidual;  // (M, cols), dtype of x, added to dx; or null
   void* dx;
+  void* n;             // (M, cols), dtype of dy, the forward's output again; or null
   float* dw_partials;  // (blocks, cols), or null
   int64_t rows, cols;
   int64_t block_rows;  // rows summed into one line of dw_partials
@@ -73,6 +75,7 @@ struct SwigluBwd {
   DType type;
   const void *dh, *gate, *up;
   void *dgate, *dup;
+  void* h;  // the forward's output again, or null
 };
 
 struct CrossEntropyRows {

@@ -14,15 +14,15 @@ void rms_norm_fwd_rows(const RmsNormFwd& a, int64_t row_begin, int64_t row_end) 
     const X* x = static_cast<const X*>(a.x) + row * a.cols;
     W* y = static_cast<W*>(a.y) + row * a.cols;
 
-    Vec squares[4] = {splat(0), splat(0), splat(0), splat(0)};
-    for (int64_t i = 0; i < a.cols; i += 4 * Vec::size) {
-      for (int u = 0; u < 4; ++u) {
+    Chains squares(0.0f);
+    for (int64_t i = 0; i < a.cols; i += Chains::step) {
+      for (int u = 0; u < Chains::count; ++u) {
         const int64_t j = i + u * Vec::size;
         const Vec v = load(x + j, a.cols - j);
-        squares[u] = fma(v, v, squares[u]);
+        squares.v[u] = fma(v, v, squares.v[u]);
       }
     }
-    const float mean = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / static_cast<float>(a.cols);
+    const float mean = sum(squares) / static_cast<float>(a.cols);
     const float rstd = 1.0f / __builtin_sqrtf(mean + a.eps);
     a.rstd[row] = rstd;
 
@@ -35,7 +35,7 @@ void rms_norm_fwd_rows(const RmsNormFwd& a, int64_t row_begin, int64_t row_end) 
 }
 
 // With g = dy * weight and xhat = x * rstd:  dx = rstd * (g - xhat * mean(g * xhat)),  dw = sum of dy * round(xhat).
-template <class X, class W>
+template <class X, class W, class D>
 void rms_norm_bwd_blocks(const RmsNormBwd& a, int64_t block_begin, int64_t block_end) {
   const W* weight = static_cast<const W*>(a.weight);
   for (int64_t block = block_begin; block < block_end; ++block) {
@@ -47,25 +47,32 @@ void rms_norm_bwd_blocks(const RmsNormBwd& a, int64_t block_begin, int64_t block
     }
 
     for (int64_t row = row_begin; row < row_end; ++row) {
-      const W* dy = static_cast<const W*>(a.dy) + row * a.cols;
+      const D* dy = static_cast<const D*>(a.dy) + row * a.cols;
       const X* x = static_cast<const X*>(a.x) + row * a.cols;
       X* dx = static_cast<X*>(a.dx) + row * a.cols;
+      const X* dresidual = a.dresidual ? static_cast<const X*>(a.dresidual) + row * a.cols : nullptr;
+      D* n = a.n ? static_cast<D*>(a.n) + row * a.cols : nullptr;
       const Vec rstd = splat(a.rstd[row]);
 
-      Vec dots[4] = {splat(0), splat(0), splat(0), splat(0)};
-      for (int64_t i = 0; i < a.cols; i += 4 * Vec::size) {
-        for (int u = 0; u < 4; ++u) {
+      Chains dots(0.0f);
+      for (int64_t i = 0; i < a.cols; i += Chains::step) {
+        for (int u = 0; u < Chains::count; ++u) {
           const int64_t j = i + u * Vec::size, left = a.cols - j;
-          dots[u] = fma(load(dy + j, left) * load(weight + j, left), load(x + j, left) * rstd, dots[u]);
+          dots.v[u] = fma(load(dy + j, left) * load(weight + j, left), load(x + j, left) * rstd, dots.v[u]);
         }
       }
-      const Vec mean = splat(sum((dots[0] + dots[1]) + (dots[2] + dots[3])) / static_cast<float>(a.cols));
+      const Vec mean = splat(sum(dots) / static_cast<float>(a.cols));
 
       for (int64_t i = 0; i < a.cols; i += Vec::size) {
         const int64_t left = a.cols - i;
-        const Vec dyi = load(dy + i, left), xhat = load(x + i, left) * rstd;
-        store(dx + i, rstd * fnma(xhat, mean, dyi * load(weight + i, left)), left);
-        if (dw) store(dw + i, fma(dyi, round_as(xhat, X{}), load(dw + i, left)), left);
+        const Vec dyi = load(dy + i, left), xhat = load(x + i, left) * rstd, w = load(weight + i, left);
+        Vec dxi = rstd * fnma(xhat, mean, dyi * w);
+        if (dresidual) dxi = dxi + load(dresidual + i, left);
+        store(dx + i, dxi, left);
+        const Vec normed = round_as(xhat, X{});
+        // Rounded to the forward's own dtype before it takes that of dy, which autocast may have narrowed.
+        if (n) store(n + i, round_as(w * normed, W{}), left);
+        if (dw) store(dw + i, fma(dyi, normed, load(dw + i, left)), left);
       }
     }
   }
@@ -89,8 +96,9 @@ void rms_norm_fwd(const RmsNormFwd& a, int64_t begin, int64_t end) {
 }
 
 void rms_norm_bwd(const RmsNormBwd& a, int64_t begin, int64_t end) {
-  with_types(a.x_type, a.weight_type,
-             [&](auto x, auto w) { rms_norm_bwd_blocks<decltype(x), decltype(w)>(a, begin, end); });
+  with_types(a.x_type, a.weight_type, [&](auto x, auto w) {
+    with_type(a.dy_type, [&](auto d) { rms_norm_bwd_blocks<decltype(x), decltype(w), decltype(d)>(a, begin, end); });
+  });
 }
 
 void rms_norm_dw(const RmsNormDw& a, int64_t begin, int64_t end) {

@@ -24,13 +24,14 @@ void rope_head(const T* in, T* out, const Table* cos, const Table* sin, int64_t 
 
 template <class T, class Table>
 void rope_tokens(const Rope& a, int64_t begin, int64_t end) {
+  const RopeHeads* const both[] = {&a.q, &a.k};
   // A token's heads are neighbours in memory (a transposed view of batch, token, head): its table row stays in cache.
   for (int64_t i = begin; i < end; ++i) {
     const int64_t batch = i / a.tokens, token = i % a.tokens;
     const int64_t table = batch * a.table_batch + token * a.dim;
     const Table* cos = static_cast<const Table*>(a.cos) + table;
     const Table* sin = static_cast<const Table*>(a.sin) + table;
-    for (const RopeHeads* x : {&a.q, &a.k}) {
+    for (const RopeHeads* x : both) {
       const T* in = static_cast<const T*>(x->in) + batch * x->in_batch + token * x->in_token;
       T* out = static_cast<T*>(x->out) + batch * x->out_batch + token * x->out_token;
       for (int64_t head = 0; head < x->heads; ++head) {

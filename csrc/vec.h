@@ -1,7 +1,9 @@
-// What the row loops are written in: Vec, a register of float lanes. The including isa_*.cpp has brought its own Vec:
+// What the row loops are written in: Vec, a pair of registers of float lanes. Two, because the kernels' chains of
+// dependent operations (an exponential, a rounding) are long, and a second chain runs in the first one's shadow.
+// The including isa_*.cpp has brought Reg, one register of its instruction set, with these functions:
 //
-//   splat(a)                    every lane a
-//   load(p), store(p, v)        float, Bf16 or Fp16 memory; rounding to nearest even, NaN stays NaN
+//   splat_reg(a)                every lane a; Vec: splat(a)
+//   load_reg(p), store(p, v)    float, Bf16 or Fp16 memory; Vec: load(p); rounding to nearest even, NaN stays NaN
 //   round_as(v, T{})            what store followed by load gives
 //   + - * /, fma, fnma          fma(a, b, c) = a*b + c, fnma(a, b, c) = c - a*b; one rounding where the processor can
 //   min, max                    of a NaN and a number: the second argument
@@ -11,7 +13,7 @@
 //   times_exp2(a, n)            a * 2^n for integers n in [-252, 254]
 //   sum(v), largest(v)          over the lanes
 //
-// This header adds the ends of rows and the exponential.
+// Vec has the same. This header also adds the ends of rows, reductions and the exponential.
 #pragma once
 
 #include "kernels.h"
@@ -19,6 +21,44 @@
 namespace fastlora {
 namespace FASTLORA_ISA {
 namespace {
+
+struct Vec {
+  static constexpr int64_t size = 2 * Reg::size;
+  Reg lo, hi;
+};
+
+inline Vec splat(float a) { return {splat_reg(a), splat_reg(a)}; }
+
+template <class T>
+inline Vec load(const T* p) {
+  return {load_reg(p), load_reg(p + Reg::size)};
+}
+template <class T>
+inline void store(T* p, Vec a) {
+  store(p, a.lo);
+  store(p + Reg::size, a.hi);
+}
+template <class T>
+inline Vec round_as(Vec a, T t) {
+  return {round_as(a.lo, t), round_as(a.hi, t)};
+}
+
+inline Vec operator+(Vec a, Vec b) { return {a.lo + b.lo, a.hi + b.hi}; }
+inline Vec operator-(Vec a, Vec b) { return {a.lo - b.lo, a.hi - b.hi}; }
+inline Vec operator*(Vec a, Vec b) { return {a.lo * b.lo, a.hi * b.hi}; }
+inline Vec operator/(Vec a, Vec b) { return {a.lo / b.lo, a.hi / b.hi}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {fma(a.lo, b.lo, c.lo), fma(a.hi, b.hi, c.hi)}; }
+inline Vec fnma(Vec a, Vec b, Vec c) { return {fnma(a.lo, b.lo, c.lo), fnma(a.hi, b.hi, c.hi)}; }
+inline Vec min(Vec a, Vec b) { return {min(a.lo, b.lo), min(a.hi, b.hi)}; }
+inline Vec max(Vec a, Vec b) { return {max(a.lo, b.lo), max(a.hi, b.hi)}; }
+inline Vec minus_abs(Vec a) { return {minus_abs(a.lo), minus_abs(a.hi)}; }
+inline Vec if_negative(Vec sign, Vec a, Vec b) {
+  return {if_negative(sign.lo, a.lo, b.lo), if_negative(sign.hi, a.hi, b.hi)};
+}
+inline Vec nearest_integer(Vec a) { return {nearest_integer(a.lo), nearest_integer(a.hi)}; }
+inline Vec times_exp2(Vec a, Vec n) { return {times_exp2(a.lo, n.lo), times_exp2(a.hi, n.hi)}; }
+inline float sum(Vec a) { return sum(a.lo + a.hi); }
+inline float largest(Vec a) { return largest(max(a.lo, a.hi)); }
 
 template <class T>
 __attribute__((noinline)) Vec load_tail(const T* p, int64_t left, float pad) {
@@ -51,6 +91,29 @@ inline void store(T* p, Vec a, int64_t left) {
   } else {
     store_tail(p, a, left);
   }
+}
+
+// Rows are reduced through 64 partial results on every instruction set: independent chains hide the latency of an
+// addition, and short chains keep the rounding error low. Element i of a row belongs to chain i % 64.
+struct Chains {
+  static constexpr int count = 64 / Vec::size;
+  static constexpr int64_t step = 64;
+  Vec v[count];
+
+  explicit Chains(float start) {
+    for (Vec& chain : v) chain = splat(start);
+  }
+};
+
+inline float sum(Chains c) {
+  for (int n = Chains::count / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) c.v[i] = c.v[i] + c.v[i + n];
+  }
+  return sum(c.v[0]);
+}
+inline float largest(Chains c) {
+  for (int i = 1; i < Chains::count; ++i) c.v[0] = max(c.v[0], c.v[i]);
+  return largest(c.v[0]);
 }
 
 // e^x within 1 ulp; 0 for -infinity, infinity past 88.7, subnormal results included, NaN for NaN.

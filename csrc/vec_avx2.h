@@ -1,4 +1,4 @@
-// Vec for AVX2, FMA and F16C: eight float lanes. The same names as vec_avx512.h and vec_plain.h; vec.h says what they
+// Reg for AVX2, FMA and F16C: eight float lanes. The same names as vec_avx512.h and vec_plain.h; vec.h says what they
 // mean.
 #pragma once
 
@@ -10,61 +10,61 @@ namespace fastlora {
 namespace FASTLORA_ISA {
 namespace {
 
-struct Vec {
+struct Reg {
   static constexpr int64_t size = 8;
   __m256 v;
 };
 
-inline Vec splat(float a) { return {_mm256_set1_ps(a)}; }
+inline Reg splat_reg(float a) { return {_mm256_set1_ps(a)}; }
 
-inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
-inline Vec load(const Bf16* p) {
+inline Reg load_reg(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Reg load_reg(const Bf16* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
 }
-inline Vec load(const Fp16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+inline Reg load_reg(const Fp16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
 
-inline __m256i bf16_high_half(Vec a) {
+// A NaN keeps its bits; arithmetic has made it a quiet one, whose mark lies in the high half.
+inline __m256i bf16_high_half(Reg a) {
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-  const __m256 nan = _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q);
-  return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), nan));
+  const __m256i number = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_ORD_Q));
+  const __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+  return _mm256_add_epi32(bits, _mm256_and_si256(bias, number));
 }
 
-inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
-inline void store(Bf16* p, Vec a) {
+inline void store(float* p, Reg a) { _mm256_storeu_ps(p, a.v); }
+inline void store(Bf16* p, Reg a) {
   const __m256i high = _mm256_srli_epi32(bf16_high_half(a), 16);
   const __m128i narrow = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow);
 }
-inline void store(Fp16* p, Vec a) {
+inline void store(Fp16* p, Reg a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 
-inline Vec round_as(Vec a, float) { return a; }
-inline Vec round_as(Vec a, Bf16) {
+inline Reg round_as(Reg a, float) { return a; }
+inline Reg round_as(Reg a, Bf16) {
   return {_mm256_castsi256_ps(_mm256_and_si256(bf16_high_half(a), _mm256_set1_epi32(-0x10000)))};
 }
-inline Vec round_as(Vec a, Fp16) { return {_mm256_cvtph_ps(_mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT))}; }
+inline Reg round_as(Reg a, Fp16) { return {_mm256_cvtph_ps(_mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT))}; }
 
-inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
-inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
-inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
-inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
-inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-inline Vec fnma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
-inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
-inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Reg operator+(Reg a, Reg b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Reg operator-(Reg a, Reg b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Reg operator*(Reg a, Reg b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Reg operator/(Reg a, Reg b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Reg fma(Reg a, Reg b, Reg c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Reg fnma(Reg a, Reg b, Reg c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
+inline Reg min(Reg a, Reg b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline Reg max(Reg a, Reg b) { return {_mm256_max_ps(a.v, b.v)}; }
 
-inline Vec minus_abs(Vec a) { return {_mm256_or_ps(a.v, _mm256_set1_ps(-0.0f))}; }
-inline Vec if_negative(Vec sign, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, sign.v)}; }
+inline Reg minus_abs(Reg a) { return {_mm256_or_ps(a.v, _mm256_set1_ps(-0.0f))}; }
+inline Reg if_negative(Reg sign, Reg a, Reg b) { return {_mm256_blendv_ps(b.v, a.v, sign.v)}; }
 
-inline Vec nearest_integer(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Reg nearest_integer(Reg a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 
 // In two steps, so that the result may be subnormal or infinite although 2^integer itself is no normal float.
-inline Vec times_exp2(Vec a, Vec integer) {
+inline Reg times_exp2(Reg a, Reg integer) {
   const __m256i n = _mm256_cvtps_epi32(integer.v);
   const __m256i half = _mm256_srai_epi32(n, 1);
   const __m256i bias = _mm256_set1_epi32(127);
@@ -73,12 +73,12 @@ inline Vec times_exp2(Vec a, Vec integer) {
   return {_mm256_mul_ps(_mm256_mul_ps(a.v, _mm256_castsi256_ps(first)), _mm256_castsi256_ps(second))};
 }
 
-inline float sum(Vec a) {
+inline float sum(Reg a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
-inline float largest(Vec a) {
+inline float largest(Reg a) {
   __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));

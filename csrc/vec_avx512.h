@@ -1,4 +1,4 @@
-// Vec for AVX-512: sixteen float lanes. The same names as vec_avx2.h and vec_plain.h; vec.h says what they mean.
+// Reg for AVX-512: sixteen float lanes. The same names as vec_avx2.h and vec_plain.h; vec.h says what they mean.
 #pragma once
 
 #include <immintrin.h>
@@ -9,65 +9,65 @@ namespace fastlora {
 namespace FASTLORA_ISA {
 namespace {
 
-struct Vec {
+struct Reg {
   static constexpr int64_t size = 16;
   __m512 v;
 };
 
-inline Vec splat(float a) { return {_mm512_set1_ps(a)}; }
+inline Reg splat_reg(float a) { return {_mm512_set1_ps(a)}; }
 
-inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
-inline Vec load(const Bf16* p) {
+inline Reg load_reg(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Reg load_reg(const Bf16* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
-inline Vec load(const Fp16* p) {
+inline Reg load_reg(const Fp16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
 
-// Integer rounding: the bf16 instruction would flush subnormal numbers to zero.
-inline __m512i bf16_high_half(Vec a) {
+// Integer rounding: the bf16 instruction would flush subnormal numbers to zero. A NaN keeps its bits; arithmetic has made
+// it a quiet one, whose mark lies in the high half.
+inline __m512i bf16_high_half(Reg a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  const __mmask16 number = _mm512_cmp_ps_mask(a.v, a.v, _CMP_ORD_Q);
+  return _mm512_mask_add_epi32(bits, number, bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
 }
 
-inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
-inline void store(Bf16* p, Vec a) {
+inline void store(float* p, Reg a) { _mm512_storeu_ps(p, a.v); }
+inline void store(Bf16* p, Reg a) {
   const __m256i narrow = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_high_half(a), 16));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow);
 }
-inline void store(Fp16* p, Vec a) {
+inline void store(Fp16* p, Reg a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 
-inline Vec round_as(Vec a, float) { return a; }
-inline Vec round_as(Vec a, Bf16) {
+inline Reg round_as(Reg a, float) { return a; }
+inline Reg round_as(Reg a, Bf16) {
   return {_mm512_castsi512_ps(_mm512_and_si512(bf16_high_half(a), _mm512_set1_epi32(-0x10000)))};
 }
-inline Vec round_as(Vec a, Fp16) { return {_mm512_cvtph_ps(_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT))}; }
+inline Reg round_as(Reg a, Fp16) { return {_mm512_cvtph_ps(_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT))}; }
 
-inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
-inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
-inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
-inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
-inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-inline Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
-inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
-inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Reg operator+(Reg a, Reg b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Reg operator-(Reg a, Reg b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Reg operator*(Reg a, Reg b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Reg operator/(Reg a, Reg b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Reg fma(Reg a, Reg b, Reg c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Reg fnma(Reg a, Reg b, Reg c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
+inline Reg min(Reg a, Reg b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Reg max(Reg a, Reg b) { return {_mm512_max_ps(a.v, b.v)}; }
 
-inline Vec minus_abs(Vec a) { return {_mm512_or_ps(a.v, _mm512_set1_ps(-0.0f))}; }
-inline Vec if_negative(Vec sign, Vec a, Vec b) {
+inline Reg minus_abs(Reg a) { return {_mm512_or_ps(a.v, _mm512_set1_ps(-0.0f))}; }
+inline Reg if_negative(Reg sign, Reg a, Reg b) {
   return {_mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(sign.v)), b.v, a.v)};
 }
 
-inline Vec nearest_integer(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-inline Vec times_exp2(Vec a, Vec integer) { return {_mm512_scalef_ps(a.v, integer.v)}; }
+inline Reg nearest_integer(Reg a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Reg times_exp2(Reg a, Reg integer) { return {_mm512_scalef_ps(a.v, integer.v)}; }
 
-inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
-inline float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
+inline float sum(Reg a) { return _mm512_reduce_add_ps(a.v); }
+inline float largest(Reg a) { return _mm512_reduce_max_ps(a.v); }
 
 }  // namespace
 }  // namespace FASTLORA_ISA

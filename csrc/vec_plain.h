@@ -1,4 +1,4 @@
-// Vec in plain code, on the vector extension of GCC and clang: four float lanes on any processor. The same names as
+// Reg in plain code, on the vector extension of GCC and clang: four float lanes on any processor. The same names as
 // vec_avx2.h and vec_avx512.h; vec.h says what they mean.
 #pragma once
 
@@ -13,7 +13,7 @@ typedef int32_t I32x4 __attribute__((vector_size(16)));
 typedef uint32_t U32x4 __attribute__((vector_size(16)));
 typedef uint16_t U16x4 __attribute__((vector_size(8)));
 
-struct Vec {
+struct Reg {
   static constexpr int64_t size = 4;
   F32x4 v;
 };
@@ -23,7 +23,7 @@ inline U32x4 as_bits(F32x4 a) { return (U32x4)a; }
 inline F32x4 as_floats(U32x4 a) { return (F32x4)a; }
 inline U32x4 select(U32x4 mask, U32x4 a, U32x4 b) { return (mask & a) | (~mask & b); }
 
-inline Vec splat(float a) { return {F32x4{a, a, a, a}}; }
+inline Reg splat_reg(float a) { return {F32x4{a, a, a, a}}; }
 inline U32x4 splat_bits(uint32_t a) { return U32x4{a, a, a, a}; }
 
 inline U32x4 load_halves(const void* p) {
@@ -36,10 +36,11 @@ inline void store_halves(void* p, U32x4 a) {
   __builtin_memcpy(p, &halves, sizeof halves);
 }
 
+// A NaN keeps its bits; arithmetic has made it a quiet one, whose mark lies in the high half.
 inline U32x4 bf16_from_float(F32x4 a) {
   const U32x4 bits = as_bits(a);
-  const U32x4 rounded = bits + splat_bits(0x7fff) + ((bits >> 16) & splat_bits(1));
-  return select((U32x4)(a != a), bits | splat_bits(0x400000), rounded) >> 16;
+  const U32x4 bias = splat_bits(0x7fff) + ((bits >> 16) & splat_bits(1));
+  return (bits + (bias & (U32x4)(a == a))) >> 16;
 }
 
 // Shift exponent and mantissa into place, then let one exact multiplication repair the exponent's bias; it also makes
@@ -56,7 +57,7 @@ inline U32x4 fp16_from_float(F32x4 a) {
   const U32x4 magnitude = bits & splat_bits(0x7fffffff);
   const U32x4 normal = (magnitude - splat_bits(112u << 23) + splat_bits(0xfff) + ((magnitude >> 13) & splat_bits(1))) >> 13;
   // Adding 0.5 leaves a subnormal half's bits, correctly rounded, at the bottom of the mantissa.
-  const U32x4 subnormal = as_bits(as_floats(magnitude) + splat(0.5f).v) - splat_bits(0x3f000000);
+  const U32x4 subnormal = as_bits(as_floats(magnitude) + splat_reg(0.5f).v) - splat_bits(0x3f000000);
   const U32x4 infinity = splat_bits(0x7c00), nan = splat_bits(0x7e00);
   U32x4 half = select((U32x4)(magnitude < splat_bits(113u << 23)), subnormal, normal);
   half = select((U32x4)(magnitude >= splat_bits(0x477ff000)), infinity, half);  // 65520, where rounding overflows
@@ -64,49 +65,49 @@ inline U32x4 fp16_from_float(F32x4 a) {
   return half | ((bits >> 16) & splat_bits(0x8000));
 }
 
-inline Vec load(const float* p) {
-  Vec a;
+inline Reg load_reg(const float* p) {
+  Reg a;
   __builtin_memcpy(&a.v, p, sizeof a.v);
   return a;
 }
-inline Vec load(const Bf16* p) { return {as_floats(load_halves(p) << 16)}; }
-inline Vec load(const Fp16* p) { return {float_from_fp16(load_halves(p))}; }
+inline Reg load_reg(const Bf16* p) { return {as_floats(load_halves(p) << 16)}; }
+inline Reg load_reg(const Fp16* p) { return {float_from_fp16(load_halves(p))}; }
 
-inline void store(float* p, Vec a) { __builtin_memcpy(p, &a.v, sizeof a.v); }
-inline void store(Bf16* p, Vec a) { store_halves(p, bf16_from_float(a.v)); }
-inline void store(Fp16* p, Vec a) { store_halves(p, fp16_from_float(a.v)); }
+inline void store(float* p, Reg a) { __builtin_memcpy(p, &a.v, sizeof a.v); }
+inline void store(Bf16* p, Reg a) { store_halves(p, bf16_from_float(a.v)); }
+inline void store(Fp16* p, Reg a) { store_halves(p, fp16_from_float(a.v)); }
 
-inline Vec round_as(Vec a, float) { return a; }
-inline Vec round_as(Vec a, Bf16) { return {as_floats(bf16_from_float(a.v) << 16)}; }
-inline Vec round_as(Vec a, Fp16) { return {float_from_fp16(fp16_from_float(a.v))}; }
+inline Reg round_as(Reg a, float) { return a; }
+inline Reg round_as(Reg a, Bf16) { return {as_floats(bf16_from_float(a.v) << 16)}; }
+inline Reg round_as(Reg a, Fp16) { return {float_from_fp16(fp16_from_float(a.v))}; }
 
-inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
-inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
-inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
-inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+inline Reg operator+(Reg a, Reg b) { return {a.v + b.v}; }
+inline Reg operator-(Reg a, Reg b) { return {a.v - b.v}; }
+inline Reg operator*(Reg a, Reg b) { return {a.v * b.v}; }
+inline Reg operator/(Reg a, Reg b) { return {a.v / b.v}; }
 #if defined(__FP_FAST_FMAF)
-inline Vec fma(Vec a, Vec b, Vec c) {
+inline Reg fma(Reg a, Reg b, Reg c) {
   for (int i = 0; i < 4; ++i) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
   return c;
 }
 #else
-inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+inline Reg fma(Reg a, Reg b, Reg c) { return {a.v * b.v + c.v}; }
 #endif
-inline Vec fnma(Vec a, Vec b, Vec c) { return fma({-a.v}, b, c); }
-inline Vec min(Vec a, Vec b) { return {as_floats(select((U32x4)(a.v < b.v), as_bits(a.v), as_bits(b.v)))}; }
-inline Vec max(Vec a, Vec b) { return {as_floats(select((U32x4)(a.v > b.v), as_bits(a.v), as_bits(b.v)))}; }
+inline Reg fnma(Reg a, Reg b, Reg c) { return fma({-a.v}, b, c); }
+inline Reg min(Reg a, Reg b) { return {as_floats(select((U32x4)(a.v < b.v), as_bits(a.v), as_bits(b.v)))}; }
+inline Reg max(Reg a, Reg b) { return {as_floats(select((U32x4)(a.v > b.v), as_bits(a.v), as_bits(b.v)))}; }
 
-inline Vec minus_abs(Vec a) { return {as_floats(as_bits(a.v) | splat_bits(0x80000000))}; }
-inline Vec if_negative(Vec sign, Vec a, Vec b) {
+inline Reg minus_abs(Reg a) { return {as_floats(as_bits(a.v) | splat_bits(0x80000000))}; }
+inline Reg if_negative(Reg sign, Reg a, Reg b) {
   const U32x4 negative = (U32x4)((I32x4)sign.v >> 31);
   return {as_floats(select(negative, as_bits(a.v), as_bits(b.v)))};
 }
 
 // Adding 1.5 * 2^23 pushes the fraction out of the mantissa.
-inline Vec nearest_integer(Vec a) { return {(a.v + 12582912.0f) - 12582912.0f}; }
+inline Reg nearest_integer(Reg a) { return {(a.v + 12582912.0f) - 12582912.0f}; }
 
 // In two steps, so that the result may be subnormal or infinite although 2^integer itself is no normal float.
-inline Vec times_exp2(Vec a, Vec integer) {
+inline Reg times_exp2(Reg a, Reg integer) {
   const I32x4 n = __builtin_convertvector(integer.v, I32x4);
   const I32x4 half = n >> 1;
   const F32x4 first = as_floats((U32x4)(half + 127) << 23);
@@ -114,8 +115,8 @@ inline Vec times_exp2(Vec a, Vec integer) {
   return {(a.v * first) * second};
 }
 
-inline float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
-inline float largest(Vec a) {
+inline float sum(Reg a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+inline float largest(Reg a) {
   const float x = a.v[0] > a.v[2] ? a.v[0] : a.v[2], y = a.v[1] > a.v[3] ? a.v[1] : a.v[3];
   return x > y ? x : y;
 }

@@ -2,7 +2,7 @@
 
 import sys
 from enum import Enum
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -27,6 +27,13 @@ class Dtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # Paths are printed as they are: not coloured, not read as markup, not broken over lines.
+    return Console(highlight=False, markup=False, soft_wrap=True)
 
 
 def _version(wanted: bool) -> None:
@@ -84,8 +91,6 @@ def train(
 
     Ctrl-C (or SIGTERM) saves a checkpoint; --resume goes on from it on the same loss curve.
     """
-    from rich.console import Console
-
     from fastlora.cli.train import Interrupted, train as run
 
     settings = Settings(
@@ -95,7 +100,7 @@ def train(
         seed=seed, save_steps=save_steps, patch=not no_patch,
     )  # fmt: skip
     try:
-        run(settings, resume, sys.argv[1:], Console())
+        run(settings, resume, sys.argv[1:], _console())
     except Interrupted as stop:
         raise typer.Exit(128 + stop.signum) from None
 
@@ -106,11 +111,9 @@ def demo(
     steps: Annotated[int, typer.Option(min=2, help="Training steps of each run.")] = 60,
 ) -> None:
     """Train a small Llama with and without fastlora and compare. No download, no GPU, about three minutes."""
-    from rich.console import Console
-
     from fastlora.cli.demo import demo as run
 
-    run(out, steps, Console())
+    run(out, steps, _console())
 
 
 @app.command()
@@ -121,8 +124,6 @@ def explain(
     ] = None,
 ) -> None:
     """Say for every module what runs fused, what is left alone, and why. Trains nothing."""
-    from rich.console import Console
-
     from fastlora.cli.explain import explain as run
 
-    run(model, adapter, Console())
+    run(model, adapter, _console())

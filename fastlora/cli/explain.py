@@ -5,13 +5,14 @@ from rich.console import Console
 from fastlora.cli.errors import CommandError, first_line
 from fastlora.cli.models import load_model
 from fastlora.cli.settings import Settings
-from fastlora.cli.train import add_lora
+from fastlora.cli.train import add_lora, quiet
 
 
 def explain(model: str, adapter: str | None, console: Console) -> None:
     """Print the plan of `model` with `adapter`, or with the LoRA `fastlora train` would add."""
     import fastlora
 
+    quiet()
     base = load_model(model, "auto")
     if adapter is None:
         settings = Settings(model=model, data="", out="")
@@ -25,4 +26,4 @@ def explain(model: str, adapter: str | None, console: Console) -> None:
         except (OSError, ValueError, RuntimeError) as error:
             raise CommandError(f"cannot load the adapter {adapter!r}: {first_line(error)}") from None
     lora.train()
-    console.print(str(fastlora.explain(fastlora.patch(lora))), highlight=False, markup=False, soft_wrap=True)
+    console.print(str(fastlora.explain(fastlora.patch(lora))))

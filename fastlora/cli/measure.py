@@ -1,6 +1,7 @@
 """What a training run used: peak memory, bytes saved for backward, tokens per second."""
 
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,29 +13,43 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class PeakMemory:
-    """The highest memory use since construction: CUDA memory where there is a GPU, else this process's RSS."""
+    """The highest memory use since construction: CUDA memory where there is a GPU, else this process's RSS.
+
+    `start` is the use at construction, `what` says what is counted.
+    """
 
     def __init__(self) -> None:
-        self.what = "resident memory of the whole process, peak while training"
         if torch.cuda.is_available():
             self.what = "GPU memory allocated by PyTorch, peak while training"
             torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated()
             return
         try:
             # 5 sets the high-water mark back to the present RSS, so that loading the model does not count.
             Path("/proc/self/clear_refs").write_text("5")
+            self.what = "resident memory of the process, peak while training"
         except OSError:
-            self.what = "resident memory of the whole process, peak since it started"
+            self.what = "resident memory of the process, peak since it started"
+        self.start = _status("VmRSS") or _max_rss()
 
     def bytes(self) -> int:
         """The peak so far."""
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated()
-        try:
-            status = Path("/proc/self/status").read_text()
-            return int(status.split("VmHWM:")[1].split()[0]) * 1024
-        except (OSError, IndexError):
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return _status("VmHWM") or _max_rss()
+
+
+def _status(field: str) -> int:
+    """A line of Linux's /proc/self/status in bytes; 0 where there is none."""
+    try:
+        return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return 0
+
+
+def _max_rss() -> int:
+    # Kilobytes on Linux, bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class SavedBytes:

@@ -33,7 +33,7 @@ class ShowProgress(TrainerCallback):
         self._bar.update(self._task, completed=state.global_step, note=note)
         every = -(-state.max_steps // 10)
         if not self._console.is_terminal and (state.global_step % every == 0 or state.global_step == state.max_steps):
-            self._console.print(f"step {state.global_step}/{state.max_steps}  {note}", highlight=False)
+            self._console.print(f"step {state.global_step}/{state.max_steps}  {note}")
 
     def close(self) -> None:
         """Stop the bar, also after an error."""

@@ -41,7 +41,7 @@ def train(settings: Settings, resume: bool, argv: Sequence[str], console: Consol
     rows = read_rows(settings.data)
     answers_only = _answers_only(settings, rows)
     checkpoint = _open(settings, rows, resume, console)
-    _quiet()
+    quiet()
 
     trainer, stop, speed, progress = _build(settings, rows, answers_only, console)
     from fastlora.cli.measure import PeakMemory
@@ -56,7 +56,7 @@ def train(settings: Settings, resume: bool, argv: Sequence[str], console: Consol
     if stop.signum is not None and state.global_step < state.max_steps:
         again = shlex.join([*argv, *([] if "--resume" in argv else ["--resume"])])
         console.print(f"\nStopped at step {state.global_step} of {state.max_steps}; a checkpoint is saved. Go on with:")
-        console.print(f"  fastlora {again}", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"  fastlora {again}")
         raise Interrupted(stop.signum)
 
     from fastlora.cli.report import loss_curve, plot_loss, versions
@@ -71,7 +71,7 @@ def train(settings: Settings, resume: bool, argv: Sequence[str], console: Consol
         "seconds": round(time.perf_counter() - began, 3),
         "tokens": speed.tokens,
         "tokens_per_second": speed.tokens_per_second(),
-        "peak_memory": {"bytes": memory.bytes(), "what": memory.what},
+        "peak_memory": {"bytes": memory.bytes(), "at_start": memory.start, "what": memory.what},
         "saved_for_backward": {
             "bytes_per_token": trainer.saved_bytes_per_token,
             "what": "what autograd keeps of the first batch, without the model's weights, per position of the batch",
@@ -111,14 +111,14 @@ def _open(settings: Settings, rows: Rows, resume: bool, console: Console) -> Pat
         said = "; ".join(f"{key} was {before.get(key)}, is {identity[key]}" for key in changed)
         raise CommandError(f"--resume: the run in {out} was started otherwise: {said}")
     if found := checkpoints.finished(out):
-        console.print(f"Resuming from {found[-1]}", highlight=False)
+        console.print(f"Resuming from {found[-1]}")
         return found[-1]
-    console.print(f"No checkpoint in {out} yet: starting at the first step", highlight=False)
+    console.print(f"No checkpoint in {out} yet: starting at the first step")
     return None
 
 
-def _quiet() -> None:
-    # What is left to say is said by the plan and the report.
+def quiet() -> None:
+    """No warnings of transformers and TRL: what is left to say is said by the plan and the report."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -172,6 +172,10 @@ def add_lora(model: Any, settings: Settings) -> Any:
     targets: str | list[str] = settings.targets
     if targets != "all-linear":
         targets = [name.strip() for name in settings.targets.split(",")]
+        # PEFT passes over a name that matches nothing as long as another one matches.
+        there = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+        if absent := [name for name in targets if name not in there]:
+            raise CommandError(f"--targets {settings.targets}: no module is called {', '.join(absent)}")
     config = LoraConfig(
         # Without a task type PEFT records the class it was given, which is ours once the model is patched.
         task_type="CAUSAL_LM",
@@ -223,28 +227,28 @@ def _announce(settings: Settings, rows: Rows, trainer: Any, device: str, console
     trained, total = trainer.model.get_nb_trainable_parameters()
     sequences = len(trainer.train_dataset)
     dtype = str(trainer.model.dtype).removeprefix("torch.")
-    console.print(f"[bold]{settings.model}[/bold] in {dtype} on {device}", highlight=False)
-    console.print(f"LoRA rank {settings.rank}: {trained:,} of {total:,} parameters train", highlight=False)
+    console.print(f"{settings.model} in {dtype} on {device}")
+    console.print(f"LoRA rank {settings.rank}: {trained:,} of {total:,} parameters train")
     loss_on = "the answers" if trainer.args.assistant_only_loss or trainer.completion_only_loss else "every token"
     note = f"{len(rows.rows):,} {rows.kind} rows, loss on {loss_on}"
     if settings.packing:
         note += f", packed into {sequences:,} sequences"
     elif sequences < len(rows.rows):
         note += f"; {len(rows.rows) - sequences:,} left out: nothing to learn within {trainer.args.max_length} tokens"
-    console.print(note, highlight=False)
+    console.print(note)
     if not settings.patch:
         console.print("not patched (--no-patch)")
         return
     plan = fastlora.explain(trainer.model)
-    console.print(f"patched: {len(plan.rows) - len(plan.unfused)} of {len(plan.rows)} modules are fused", highlight=False)
+    console.print(f"patched: {len(plan.rows) - len(plan.unfused)} of {len(plan.rows)} modules are fused")
     for why in sorted({row.why for row in plan.unfused}):
-        console.print(f"  not fused: {why}", highlight=False, markup=False)
+        console.print(f"  not fused: {why}")
 
 
 def _finish(settings: Settings, trainer: Any, report: dict[str, Any], plot_loss: Any, console: Console) -> None:
     out = Path(settings.out)
     if not report["loss"] or report["resumed_from_step"] == report["steps"] and (out / "report.json").exists():
-        console.print(f"The run in {out} is already complete: step {report['steps']}", highlight=False)
+        console.print(f"The run in {out} is already complete: step {report['steps']}")
         return
     # The report comes last: where it is, everything is.
     trainer.model.save_pretrained(str(out), save_embedding_layers=False)
@@ -256,6 +260,5 @@ def _finish(settings: Settings, trainer: Any, report: dict[str, Any], plot_loss:
         f"loss {report['loss'][0]['loss']:.4f} → {report['loss'][-1]['loss']:.4f} in {report['steps']} steps"
         + (f", {rate:,.0f} tokens/s" if rate else "")
         + f", peak {report['peak_memory']['bytes'] / 2**20:,.0f} MiB ({report['peak_memory']['what']})",
-        highlight=False,
     )
-    console.print(f"Adapter, tokenizer, loss.png and report.json are in [bold]{out}[/bold]", highlight=False)
+    console.print(f"Adapter, tokenizer, loss.png and report.json are in {out}")

@@ -25,11 +25,35 @@ _ROWS: dict[tuple[str, int], Tile] = {
     ("lora_gemm", 0): Tile(m=128, n=128, k=32, warps=4, stages=4),
     ("lora_gemm", 80): Tile(m=128, n=256, k=64, warps=8, stages=4),
     ("lora_gemm", 90): Tile(m=128, n=256, k=64, warps=8, stages=4),
+    # Dropout holds the masked rank product beside the accumulator.
+    ("lora_gemm_dropout", 0): Tile(m=128, n=128, k=32, warps=8, stages=4),
+    ("lora_gemm_dropout_fp32", 0): Tile(m=64, n=64, k=32, warps=4, stages=3),
     ("lora_gemm_fp32", 0): Tile(m=64, n=64, k=32, warps=4, stages=3),
     ("lora_project", 0): Tile(m=32, k=128, warps=4, stages=3),
     ("lora_project_fp32", 0): Tile(m=32, k=64, warps=4, stages=2),
     ("lora_reduce", 0): Tile(m=64, n=128, warps=4, stages=3),
     ("lora_reduce_fp32", 0): Tile(m=32, n=64, warps=4, stages=2),
+    # m: queries, n: keys. By head dimension, up to 64, 128 and 256; decode: at most 16 queries.
+    ("flash_attention_decode", 0): Tile(m=16, n=64, warps=4, stages=2),
+    ("flash_attention_fwd_d64", 0): Tile(m=128, n=64, warps=4, stages=3),
+    ("flash_attention_fwd_d128", 0): Tile(m=128, n=64, warps=8, stages=3),
+    ("flash_attention_fwd_d256", 0): Tile(m=64, n=32, warps=8, stages=2),
+    ("flash_attention_dq_d64", 0): Tile(m=64, n=64, warps=4, stages=2),
+    ("flash_attention_dq_d128", 0): Tile(m=64, n=32, warps=4, stages=2),
+    ("flash_attention_dq_d256", 0): Tile(m=32, n=32, warps=8, stages=2),
+    ("flash_attention_dkdv_d64", 0): Tile(m=64, n=64, warps=4, stages=2),
+    ("flash_attention_dkdv_d128", 0): Tile(m=64, n=64, warps=8, stages=2),
+    ("flash_attention_dkdv_d256", 0): Tile(m=32, n=32, warps=8, stages=2),
+    ("flash_attention_decode_fp32", 0): Tile(m=16, n=32, warps=4, stages=1),
+    ("flash_attention_fwd_d64_fp32", 0): Tile(m=64, n=32, warps=4, stages=1),
+    ("flash_attention_fwd_d128_fp32", 0): Tile(m=32, n=32, warps=4, stages=1),
+    ("flash_attention_fwd_d256_fp32", 0): Tile(m=32, n=16, warps=8, stages=1),
+    ("flash_attention_dq_d64_fp32", 0): Tile(m=32, n=32, warps=4, stages=1),
+    ("flash_attention_dq_d128_fp32", 0): Tile(m=32, n=16, warps=4, stages=1),
+    ("flash_attention_dq_d256_fp32", 0): Tile(m=16, n=16, warps=4, stages=1),
+    ("flash_attention_dkdv_d64_fp32", 0): Tile(m=32, n=32, warps=4, stages=1),
+    ("flash_attention_dkdv_d128_fp32", 0): Tile(m=16, n=32, warps=4, stages=1),
+    ("flash_attention_dkdv_d256_fp32", 0): Tile(m=16, n=16, warps=4, stages=1),
     ("swiglu", 0): Tile(n=1024, warps=4),
     ("cross_entropy", 0): Tile(n=4096, warps=8),
 }
@@ -52,3 +76,18 @@ def tile(kernel: str, like: torch.Tensor) -> Tile:
     if like.dtype == torch.float32 and (fp32, 0) in _ROWS:
         kernel = fp32
     return _ROWS.get((kernel, arch(like.device)), _ROWS[kernel, 0])
+
+
+# Which way lora_gemm goes: on sm_80 Triton's GEMM is near the library's, elsewhere the library's is the safe floor
+# until a measurement says otherwise.
+_GEMM = {80: "triton", 0: "addmm"}
+
+
+def gemm_method(like: torch.Tensor) -> str:
+    """ "triton", "addmm" or "augmented" for the device of ``like``; FASTLORA_GEMM overrides."""
+    override = os.environ.get("FASTLORA_GEMM")
+    if override is None:
+        return _GEMM.get(arch(like.device), _GEMM[0])
+    if override not in ("triton", "addmm", "augmented"):
+        raise ValueError(f"FASTLORA_GEMM is {override!r}, needs 'triton', 'addmm' or 'augmented'")
+    return override

@@ -28,7 +28,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """
     if 0 in grid:
         return
-    device = args[0].device
+    first = args[0][0] if isinstance(args[0], tuple) else args[0]
+    device = first.device
     with torch.cuda.device(device) if device.type == "cuda" else torch.device(device):
         # Passed explicitly: Triton announces another default for the next version.
         kernel[grid](*args, enable_fp_fusion=True, **meta)

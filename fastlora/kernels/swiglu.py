@@ -21,7 +21,7 @@ def _swiglu_fwd_kernel(p_gate, p_up, p_h, numel, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_bwd_kernel(p_dh, p_gate, p_up, p_dgate, p_dup, numel, BLOCK: tl.constexpr):
+def _swiglu_bwd_kernel(p_dh, p_gate, p_up, p_dgate, p_dup, p_h, numel, NEED_H: tl.constexpr, BLOCK: tl.constexpr):
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < numel
     b_dh = tl.load(p_dh + o, mask=m, other=0.0).to(tl.float32)
@@ -30,7 +30,11 @@ def _swiglu_bwd_kernel(p_dh, p_gate, p_up, p_dgate, p_dup, numel, BLOCK: tl.cons
     b_sig = tl.sigmoid(b_gate)
     b_dgate = b_dh * b_up * b_sig * (1 + b_gate * (1 - b_sig))
     tl.store(p_dgate + o, b_dgate.to(p_dgate.dtype.element_ty), mask=m)
-    tl.store(p_dup + o, (b_dh * b_gate * b_sig).to(p_dup.dtype.element_ty), mask=m)
+    b_silu = b_gate * b_sig
+    tl.store(p_dup + o, (b_dh * b_silu).to(p_dup.dtype.element_ty), mask=m)
+    if NEED_H:
+        b_h = b_silu.to(p_h.dtype.element_ty).to(tl.float32) * b_up
+        tl.store(p_h + o, b_h.to(p_h.dtype.element_ty), mask=m)
 
 
 def swiglu_fwd(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -42,23 +46,39 @@ def swiglu_fwd(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return h
 
 
-def swiglu_bwd(dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """dgate and dup, elementwise."""
+def swiglu_bwd(
+    dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, need_h: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dgate, dup, and the recomputed h, (0,) if unneeded; elementwise."""
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    h = torch.empty_like(gate) if need_h else gate.new_empty(0)
     t = tile("swiglu", gate)
     n = gate.numel()
-    launch(_swiglu_bwd_kernel, (cdiv(n, t.n),), dh, gate, up, dgate, dup, n, BLOCK=t.n, num_warps=t.warps)
-    return dgate, dup
+    launch(
+        _swiglu_bwd_kernel,
+        (cdiv(n, t.n),),
+        *(dh, gate, up, dgate, dup, h, n),
+        NEED_H=need_h,
+        BLOCK=t.n,
+        num_warps=t.warps,
+    )
+    return dgate, dup, h
 
 
 def _fwd_aten(gate, up):
     return torch.nn.functional.silu(gate) * up
 
 
-def _bwd_aten(dh, gate, up):
+def _bwd_aten(dh, gate, up, need_h):
     dh, g, u = dh.float(), gate.float(), up.float()
     sig = torch.sigmoid(g)
-    return (dh * u * sig * (1 + g * (1 - sig))).to(gate.dtype), (dh * g * sig).to(up.dtype)
+    silu = g * sig
+    h = silu.to(gate.dtype) * up if need_h else gate.new_empty(0)
+    return (dh * u * sig * (1 + g * (1 - sig))).to(gate.dtype), (dh * silu).to(up.dtype), h
+
+
+def _bwd_fake(dh, gate, up, need_h):
+    return torch.empty_like(gate), torch.empty_like(up), torch.empty_like(gate) if need_h else gate.new_empty(0)
 
 
 register(
@@ -68,8 +88,8 @@ register(
     fake=lambda gate, up: torch.empty_like(gate),
 )
 register(
-    "swiglu_bwd(Tensor dh, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    "swiglu_bwd(Tensor dh, Tensor gate, Tensor up, bool need_h) -> (Tensor, Tensor, Tensor)",
     triton=swiglu_bwd,
     aten=_bwd_aten,
-    fake=lambda dh, gate, up: (torch.empty_like(gate), torch.empty_like(up)),
+    fake=_bwd_fake,
 )

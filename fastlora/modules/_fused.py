@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter, defaultdict
 from typing import Any, NamedTuple
 
@@ -42,6 +43,8 @@ class Fused:
         original = cls.__bases__[-1]
         cls._fastlora_class = (cls.__module__, cls.__qualname__)
         cls.__module__, cls.__qualname__, cls.__doc__ = original.__module__, original.__qualname__, original.__doc__
+        # Trainer and generate read off forward's signature which columns and which arguments a model takes.
+        vars(cls)["forward"].__signature__ = inspect.signature(original.forward)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, self._fastlora_class, self.__dict__
@@ -78,7 +81,7 @@ def why_not_plain(*tensors: torch.Tensor | None) -> str | None:
             return f"a tensor is a {type(tensor).__name__}"
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"a tensor is {str(tensor.dtype).removeprefix('torch.')}"
-        if tensor.device.type not in ("cpu", "cuda"):
+        if tensor.device.type not in ("cpu", "cuda", "meta"):
             return f"a tensor is on {tensor.device}"
     return None
 

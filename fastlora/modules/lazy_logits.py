@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -15,9 +16,12 @@ class LazyLogits:
     wrappers ask for them at every step; any other attribute, index or torch function computes ``head(hidden)``.
     """
 
-    def __init__(self, head: nn.Linear, hidden: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, head: nn.Linear, hidden: torch.Tensor) -> None:
         self._head, self._hidden = head, hidden
-        self.dtype = dtype or hidden.dtype
+        # Whoever reads the logits may do so outside the autocast region that the model ran in.
+        device = hidden.device.type
+        self._autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        self.dtype = self._autocast or hidden.dtype
         self._value: torch.Tensor | None = None
 
     @property
@@ -29,12 +33,15 @@ class LazyLogits:
         return self._hidden.device
 
     def float(self) -> LazyLogits:
-        return LazyLogits(self._head, self._hidden, torch.float32)
+        wide = copy.copy(self)
+        wide.dtype, wide._value = torch.float32, None
+        return wide
 
     def tensor(self) -> torch.Tensor:
         """The logits, (..., V), attached to the graph of the hidden states."""
         if self._value is None:
-            self._value = self._head(self._hidden).to(self.dtype)
+            with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
+                self._value = self._head(self._hidden).to(self.dtype)
         return self._value
 
     def __getattr__(self, name: str) -> Any:

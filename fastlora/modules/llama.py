@@ -99,6 +99,8 @@ class LlamaForCausalLM(Fused, hf.LlamaForCausalLM):
         return [Part("", "transformers loss" if why else "fastlora linear_cross_entropy (training, with labels)", why)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, Fused):  # accelerate may keep this forward, wrapped, on the instance after unpatch
+            return hf.LlamaForCausalLM.forward(self, *args, **kwargs)
         labels = kwargs.get("labels")
         if labels is None or not self.training or not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)

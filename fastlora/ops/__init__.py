@@ -1,9 +1,21 @@
 """Differentiable functions, one per file. Each has a Triton form for GPUs and a C++ or ATen form for CPUs."""
 
+from .flash_attention import flash_attention
 from .linear_cross_entropy import linear_cross_entropy
+from .lora_group import Branch, Projection, lora_group, swiglu_lora
 from .lora_linear import lora_linear
 from .rms_norm import rms_norm
 from .rope import rope
 from .swiglu import swiglu
 
-__all__ = ["linear_cross_entropy", "lora_linear", "rms_norm", "rope", "swiglu"]
+__all__ = [
+    "Branch",
+    "Projection",
+    "linear_cross_entropy",
+    "lora_group",
+    "lora_linear",
+    "rms_norm",
+    "rope",
+    "swiglu",
+    "swiglu_lora",
+]

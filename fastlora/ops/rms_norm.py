@@ -18,7 +18,9 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight, rstd = ctx.saved_tensors
-        dx, dw = torch.ops.fastlora.rms_norm_bwd(dy.contiguous(), x, weight, rstd, ctx.needs_input_grad[1])
+        dx, dw, _ = torch.ops.fastlora.rms_norm_bwd(
+            dy.contiguous(), x, weight, rstd, None, ctx.needs_input_grad[1], False
+        )
         return dx, dw if ctx.needs_input_grad[1] else None, None
 
 

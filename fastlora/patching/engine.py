@@ -38,7 +38,7 @@ class Swap(NamedTuple):
             return f"{original.__name__} ({original.__module__}) is a subclass that may compute something else"
         if self.original.forward.__module__ != self.original.__module__:
             return f"{self.original.__name__}.forward was replaced by {self.original.forward.__module__}"
-        if "forward" in module.__dict__ and not isinstance(module, Fused):
+        if _instance_forward(module) and not isinstance(module, Fused):
             return "its forward was replaced on the instance (an accelerate hook, or another patch)"
         return self.unless(module)
 
@@ -75,9 +75,21 @@ def _states(model: nn.Module) -> dict[nn.Module, tuple[type, State | None]]:
     return {module: (type(module), module.__dict__.get("_fastlora")) for _, module, _ in _candidates(model)}
 
 
+def _instance_forward(module: nn.Module) -> Any:
+    """A forward on the instance that is not the class's own; transformers 4 leaves the latter after output capture."""
+    forward = module.__dict__.get("forward")
+    return None if getattr(forward, "__func__", None) is type(module).forward else forward
+
+
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    if "forward" in module.__dict__ and not _instance_forward(module):
+        del module.__dict__["forward"]
+    module.__class__ = cls
+
+
 def _restore(states: dict[nn.Module, tuple[type, State | None]]) -> None:
     for module, (cls, state) in states.items():
-        module.__class__ = cls
+        _set_class(module, cls)
         module.__dict__.pop("_fastlora", None)
         if state is not None:
             module.__dict__["_fastlora"] = state
@@ -105,7 +117,7 @@ def patch(model: Model, ops: Iterable[str] | None = None, strict: bool = False) 
         mine = chosen & swap.ops
         if mine and swap.why_not(module) is None:
             calls = module._fastlora.calls if isinstance(module, Fused) else {}
-            module.__class__ = swap.fast
+            _set_class(module, swap.fast)
             module._fastlora = State(frozenset(mine))
             module._fastlora.calls.update(calls)
         elif isinstance(module, Fused):

@@ -1,0 +1,216 @@
+// The CPU kernels of torch.ops.fastlora: argument checks, outputs, threads. The schemas are defined in Python
+// (fastlora/kernels); the row loops are one header per kernel family. Only PyTorch's stable ABI is used, so that one
+// shared object serves several versions of torch.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+#include "checks.h"
+#include "kernels.h"
+
+namespace fastlora {
+namespace {
+
+using torch::stable::empty_like;
+using torch::stable::new_empty;
+using torch::stable::parallel_for;
+
+// A thread's smallest share of the work, in elements; below it, waking a thread costs more than it saves.
+constexpr int64_t kGrain = 32768;
+
+int64_t grain_rows(int64_t cols) {
+  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cols));
+}
+
+void require_matrix(const char* op, const char* name, const Tensor& t) {
+  require(t.dim() == 2 && t.is_contiguous() && is_kernel_dtype(t), op, name, t,
+          "a contiguous matrix of Float, BFloat16 or Half");
+}
+
+void require_weight(const char* op, const Tensor& weight, const Tensor& x) {
+  const bool dtype_ok = weight.scalar_type() == x.scalar_type() || weight.scalar_type() == ScalarType::Float;
+  require(weight.dim() == 1 && weight.size(0) == x.size(1) && weight.is_contiguous() && dtype_ok, op, "weight", weight,
+          "contiguous (", x.size(1), ") of Float or of x's dtype, ", torch::headeronly::toString(x.scalar_type()));
+}
+
+std::tuple<Tensor, Tensor> rms_norm_fwd(const Tensor& x, const Tensor& weight, double eps) {
+  require_matrix("rms_norm_fwd", "x", x);
+  require_weight("rms_norm_fwd", weight, x);
+  const int64_t rows = x.size(0), cols = x.size(1);
+  Tensor y = new_empty(x, {rows, cols}, weight.scalar_type());
+  Tensor rstd = new_empty(x, {rows}, ScalarType::Float);
+
+  const RmsNormFwd args{
+      dtype_of(x),          dtype_of(weight), x.const_data_ptr(),
+      weight.const_data_ptr(), y.mutable_data_ptr(), static_cast<float*>(rstd.mutable_data_ptr()),
+      cols,                 static_cast<float>(eps)};
+  const Kernels& isa = kernels();
+  parallel_for(0, rows, grain_rows(cols), [&](int64_t begin, int64_t end) { isa.rms_norm_fwd(args, begin, end); });
+  return {y, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> rms_norm_bwd(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd,
+    const std::optional<Tensor>& dresidual, bool need_dw, bool need_n) {
+  require_matrix("rms_norm_bwd", "x", x);
+  require_weight("rms_norm_bwd", weight, x);
+  require_matrix("rms_norm_bwd", "dy", dy);
+  require_like("rms_norm_bwd", "dy", dy, x, dy);
+  if (dresidual) require_like("rms_norm_bwd", "dresidual", *dresidual, x, x);
+  const int64_t rows = x.size(0), cols = x.size(1);
+  require(rstd.dim() == 1 && rstd.size(0) == rows && rstd.is_contiguous() && rstd.scalar_type() == ScalarType::Float,
+          "rms_norm_bwd", "rstd", rstd, "contiguous Float (", rows, ")");
+
+  // dw is summed per block of rows, then over the blocks. Blocks depend on the number of rows alone: the result is the
+  // same for any number of threads. At most 256 of them, so the partial sums stay small beside x.
+  const int64_t block_rows = std::max<int64_t>(32, (rows + 255) / 256);
+  const int64_t blocks = (rows + block_rows - 1) / block_rows;
+  Tensor dx = empty_like(x);
+  Tensor n = need_n ? empty_like(dy) : new_empty(dy, {0});
+  Tensor dw = new_empty(weight, {need_dw ? cols : 0});
+  Tensor partials = new_empty(x, {need_dw ? blocks : 0, cols}, ScalarType::Float);
+  float* dw_partials = need_dw ? static_cast<float*>(partials.mutable_data_ptr()) : nullptr;
+
+  const RmsNormBwd args{
+      dtype_of(x),
+      dtype_of(weight),
+      dtype_of(dy),
+      dy.const_data_ptr(),
+      x.const_data_ptr(),
+      weight.const_data_ptr(),
+      static_cast<const float*>(rstd.const_data_ptr()),
+      dresidual ? dresidual->const_data_ptr() : nullptr,
+      dx.mutable_data_ptr(),
+      need_n ? n.mutable_data_ptr() : nullptr,
+      dw_partials,
+      rows,
+      cols,
+      block_rows};
+  const Kernels& isa = kernels();
+  parallel_for(0, blocks, grain_rows(block_rows * cols), [&](int64_t begin, int64_t end) {
+    isa.rms_norm_bwd(args, begin, end);
+  });
+  if (need_dw) {
+    const RmsNormDw dw_args{dtype_of(weight), dw_partials, dw.mutable_data_ptr(), blocks, cols};
+    parallel_for(0, cols, grain_rows(blocks), [&](int64_t begin, int64_t end) {
+      isa.rms_norm_dw(dw_args, begin, end);
+    });
+  }
+  return {dx, dw, n};
+}
+
+RopeHeads rope_heads(const Tensor& in, const Tensor& out) {
+  return {in.const_data_ptr(), out.mutable_data_ptr(), in.size(1),    in.stride(0), in.stride(1),
+          in.stride(2),        out.stride(0),          out.stride(1), out.stride(2)};
+}
+
+std::tuple<Tensor, Tensor> rope(
+    const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, bool inverse) {
+  require(q.dim() == 4 && q.size(3) % 2 == 0 && (q.size(3) == 0 || q.stride(3) == 1) && is_kernel_dtype(q), "rope",
+          "q", q, "(B, heads, T, D) of Float, BFloat16 or Half with D even and of stride 1");
+  const int64_t batch = q.size(0), tokens = q.size(2), dim = q.size(3);
+  require(k.dim() == 4 && k.size(0) == batch && k.size(2) == tokens && k.size(3) == dim &&
+              (dim == 0 || k.stride(3) == 1) && k.scalar_type() == q.scalar_type(),
+          "rope", "k", k, torch::headeronly::toString(q.scalar_type()), " (", batch, ", heads, ", tokens, ", ", dim,
+          ") with a last dimension of stride 1, to go with q");
+  const bool table_dtype_ok = cos.scalar_type() == q.scalar_type() || cos.scalar_type() == ScalarType::Float;
+  require(cos.dim() == 3 && (cos.size(0) == 1 || cos.size(0) == batch) && cos.size(1) == tokens &&
+              cos.size(2) == dim && cos.is_contiguous() && table_dtype_ok,
+          "rope", "cos", cos, "contiguous (1 or ", batch, ", ", tokens, ", ", dim, ") of Float or of q's dtype, ",
+          torch::headeronly::toString(q.scalar_type()));
+  require_like("rope", "sin", sin, cos, cos);
+
+  Tensor q_out = empty_like(q), k_out = empty_like(k);
+  const Rope args{
+      dtype_of(q),
+      dtype_of(cos),
+      rope_heads(q, q_out),
+      rope_heads(k, k_out),
+      cos.const_data_ptr(),
+      sin.const_data_ptr(),
+      cos.size(0) == 1 ? 0 : tokens * dim,
+      tokens,
+      dim,
+      inverse};
+  const Kernels& isa = kernels();
+  parallel_for(0, batch * tokens, grain_rows((q.size(1) + k.size(1)) * dim), [&](int64_t begin, int64_t end) {
+    isa.rope(args, begin, end);
+  });
+  return {q_out, k_out};
+}
+
+Tensor swiglu_fwd(const Tensor& gate, const Tensor& up) {
+  require_matrix("swiglu_fwd", "gate", gate);
+  require_like("swiglu_fwd", "up", up, gate, gate);
+  Tensor h = empty_like(gate);
+  const SwigluFwd args{dtype_of(gate), gate.const_data_ptr(), up.const_data_ptr(), h.mutable_data_ptr()};
+  const Kernels& isa = kernels();
+  parallel_for(0, gate.numel(), kGrain, [&](int64_t begin, int64_t end) { isa.swiglu_fwd(args, begin, end); });
+  return h;
+}
+
+std::tuple<Tensor, Tensor, Tensor> swiglu_bwd(
+    const Tensor& dh, const Tensor& gate, const Tensor& up, bool need_h) {
+  require_matrix("swiglu_bwd", "gate", gate);
+  require_like("swiglu_bwd", "up", up, gate, gate);
+  require_like("swiglu_bwd", "dh", dh, gate, gate);
+  Tensor dgate = empty_like(gate), dup = empty_like(up);
+  Tensor h = need_h ? empty_like(gate) : new_empty(gate, {0});
+  const SwigluBwd args{
+      dtype_of(gate),
+      dh.const_data_ptr(),
+      gate.const_data_ptr(),
+      up.const_data_ptr(),
+      dgate.mutable_data_ptr(),
+      dup.mutable_data_ptr(),
+      need_h ? h.mutable_data_ptr() : nullptr};
+  const Kernels& isa = kernels();
+  parallel_for(0, gate.numel(), kGrain, [&](int64_t begin, int64_t end) { isa.swiglu_bwd(args, begin, end); });
+  return {dgate, dup, h};
+}
+
+Tensor cross_entropy_rows(const Tensor& logits, const Tensor& labels, const Tensor& scale, bool need_grad) {
+  const char* op = "cross_entropy_rows";
+  require_matrix(op, "logits", logits);
+  const int64_t rows = logits.size(0), vocab = logits.size(1);
+  require(labels.dim() == 1 && labels.size(0) == rows && labels.is_contiguous() &&
+              labels.scalar_type() == ScalarType::Long,
+          op, "labels", labels, "contiguous Long (", rows, ")");
+  require(scale.dim() == 0 && scale.scalar_type() == ScalarType::Float, op, "scale", scale, "a Float scalar tensor");
+
+  const int64_t* label = static_cast<const int64_t*>(labels.const_data_ptr());
+  for (int64_t row = 0; row < rows; ++row) {
+    require(label[row] >= 0 && label[row] < vocab, op, "labels", labels, "every label in [0, ", vocab, "), not ",
+            label[row], " as in row ", row);
+  }
+  Tensor loss = new_empty(logits, {rows}, ScalarType::Float);
+  const CrossEntropyRows args{
+      dtype_of(logits),
+      need_grad ? logits.mutable_data_ptr() : const_cast<void*>(logits.const_data_ptr()),
+      label,
+      static_cast<float*>(loss.mutable_data_ptr()),
+      vocab,
+      *static_cast<const float*>(scale.const_data_ptr()),
+      need_grad};
+  const Kernels& isa = kernels();
+  parallel_for(0, rows, grain_rows(vocab), [&](int64_t begin, int64_t end) {
+    isa.cross_entropy_rows(args, begin, end);
+  });
+  return loss;
+}
+
+}  // namespace
+}  // namespace fastlora
+
+STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
+  m.impl("rms_norm_fwd", TORCH_BOX(&fastlora::rms_norm_fwd));
+  m.impl("rms_norm_bwd", TORCH_BOX(&fastlora::rms_norm_bwd));
+  m.impl("rope", TORCH_BOX(&fastlora::rope));
+  m.impl("swiglu_fwd", TORCH_BOX(&fastlora::swiglu_fwd));
+  m.impl("swiglu_bwd", TORCH_BOX(&fastlora::swiglu_bwd));
+  m.impl("cross_entropy_rows", TORCH_BOX(&fastlora::cross_entropy_rows));
+}

@@ -1,0 +1,74 @@
+"""Dropout masks as packed bits: bit k % 8 of byte (m, k // 8) says whether element (m, k) is kept."""
+
+from __future__ import annotations
+
+import torch
+
+from ._library import register
+from ._tl import cdiv, launch, next_power_of_2, tl, triton
+
+_BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+
+
+@triton.jit
+def keep(p_mask, o_m, o_k, m_m, m_k, K8):
+    """The mask of a tile, rows o_m (int64) by columns o_k, as booleans."""
+    p = p_mask + o_m[:, None] * K8 + (o_k // 8)[None, :]
+    b_byte = tl.load(p, mask=m_m[:, None] & m_k[None, :], other=0).to(tl.int32)
+    return ((b_byte >> (o_k % 8)[None, :]) & 1) != 0
+
+
+@triton.jit(do_not_specialize=["seed"])
+def _dropout_mask_kernel(p_mask, seed, K8, threshold, BLOCK: tl.constexpr):
+    i_m = tl.program_id(0).to(tl.int64)
+    o_b = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    element = (i_m * K8 + o_b) * 8
+    b_byte = tl.zeros([BLOCK], dtype=tl.int32)
+    # Four 32-bit words of Philox make four bits; the 64-bit element index is the counter.
+    for half in tl.static_range(2):
+        counter = element + 4 * half
+        low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+        zero = low * 0
+        r0, r1, r2, r3 = tl.philox(seed, low, high, zero, zero)
+        b_byte |= (r0 >= threshold).to(tl.int32) << (4 * half)
+        b_byte |= (r1 >= threshold).to(tl.int32) << (4 * half + 1)
+        b_byte |= (r2 >= threshold).to(tl.int32) << (4 * half + 2)
+        b_byte |= (r3 >= threshold).to(tl.int32) << (4 * half + 3)
+    tl.store(p_mask + i_m * K8 + o_b, b_byte.to(tl.uint8), mask=o_b < K8)
+
+
+def dropout_mask(like: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+    """Bits (M, ⌈K/8⌉) uint8 for like (M, K): each kept with probability 1 − p, a function of the seed alone.
+
+    seed is an int64 scalar on the CPU, so that drawing it from torch's generator waits for no device.
+    """
+    M, K = like.shape
+    K8 = cdiv(K, 8)
+    mask = torch.empty((M, K8), dtype=torch.uint8, device=like.device)
+    block = min(1024, next_power_of_2(K8))
+    threshold = min(round(p * 2**32), 2**32 - 1)
+    launch(_dropout_mask_kernel, (M, cdiv(K8, block)), mask, int(seed), K8, threshold, BLOCK=block, num_warps=4)
+    return mask
+
+
+def _mask_aten(like, seed, p):
+    M, K = like.shape
+    generator = torch.Generator(like.device).manual_seed(int(seed))
+    kept = torch.rand((M, cdiv(K, 8), 8), device=like.device, generator=generator) >= p
+    return (kept * _BITS.to(like.device)).sum(-1, dtype=torch.uint8)
+
+
+def apply_mask(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """x (M, K) where its bit is set and 0 elsewhere; x itself without a mask."""
+    if mask is None:
+        return x
+    bits = (mask[:, :, None] & _BITS.to(mask.device)).ne_(0).flatten(1)[:, : x.shape[1]]
+    return x * bits
+
+
+register(
+    "dropout_mask(Tensor like, Tensor seed, float p) -> Tensor",
+    triton=dropout_mask,
+    aten=_mask_aten,
+    fake=lambda like, seed, p: like.new_empty(like.shape[0], cdiv(like.shape[1], 8), dtype=torch.uint8),
+)

@@ -1,0 +1,137 @@
+"""Attention without the score matrix: launchers of its kernels, tiles by head dimension, registration."""
+
+from __future__ import annotations
+
+import torch
+
+from . import flash_attention_cpu
+from ._library import register
+from ._tiles import Tile, tile
+from ._tl import cdiv, dot_precision, launch, next_power_of_2
+from .flash_attention_bwd import flash_attention_dkdv_kernel, flash_attention_dq_kernel
+from .flash_attention_fwd import flash_attention_fwd_kernel
+
+_DECODE = 16  # queries up to which a small tile serves
+
+
+def _tile(kernel: str, q: torch.Tensor) -> Tile:
+    if kernel == "fwd" and q.shape[2] <= _DECODE:
+        return tile("flash_attention_decode", q)
+    return tile(f"flash_attention_{kernel}_d{max(64, next_power_of_2(q.shape[3]))}", q)
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    """An empty tensor of the shape of x (B, H, T, D) in (B, T, H, D) memory."""
+    B, H, T, D = x.shape
+    return x.new_empty(B, T, H, D).transpose(1, 2)
+
+
+def _strides(*tensors: torch.Tensor) -> list[int]:
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
+
+
+def _rows(mask: torch.Tensor | None) -> int:
+    """The batch stride of a (B or 1, T) tensor; 0 where all rows are the same."""
+    return mask.stride(0) if mask is not None and mask.shape[0] > 1 else 0
+
+
+def _meta(t: Tile, q: torch.Tensor, causal: bool, window: int | None) -> dict[str, object]:
+    D = q.shape[3]
+    return {
+        "CAUSAL": causal,
+        "WINDOW": window is not None,
+        "PRECISION": dot_precision(q.dtype),
+        "D": D,
+        "BLOCK_M": t.m,
+        "BLOCK_N": t.n,
+        "BLOCK_D": max(16, next_power_of_2(D)),
+        "num_warps": t.warps,
+        "num_stages": t.stages,
+    }
+
+
+def flash_attention_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_padding_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    visited: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out (B, H, T, D) in (B, T, H, D) memory, and lse (B, H, T) fp32: +inf for a query that sees no key.
+
+    visited, for tests: a (1,) int32 that counts the tiles of scores computed.
+    """
+    (B, H, T, _), (H_kv, T_kv) = q.shape, k.shape[1:3]
+    out, lse = _like(q), q.new_empty((B, H, T), dtype=torch.float32)
+    t = _tile("fwd", q)
+    launch(
+        flash_attention_fwd_kernel,
+        (cdiv(T, t.m), H, B),
+        *(q, k, v, out, lse, key_padding_mask, position_ids, visited, T, T_kv, H // H_kv, scale, window or 0),
+        *(*_strides(q, k, v, out), _rows(key_padding_mask), _rows(position_ids)),
+        **_meta(t, q, causal, window),
+    )
+    return out, lse
+
+
+def flash_attention_bwd(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    key_padding_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    visited: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk and dv, each in (B, T, H, D) memory. Of two kernels the first also makes delta for the second.
+
+    visited, for tests: a (2,) int32 that counts the tiles of scores computed for dq, and for dk and dv.
+    """
+    (B, H, T, _), (H_kv, T_kv) = q.shape, k.shape[1:3]
+    dq, dk, dv = _like(q), _like(k), _like(v)
+    delta = torch.empty_like(lse)
+    masks = (_rows(key_padding_mask), _rows(position_ids))
+    visited_dq, visited_dkdv = visited.split(1) if visited is not None else (None, None)
+    shapes = (T, T_kv, H // H_kv, scale, window or 0)
+    t = _tile("dq", q)
+    launch(
+        flash_attention_dq_kernel,
+        (cdiv(T, t.m), H, B),
+        *(q, k, v, out, dout, lse, delta, dq, key_padding_mask, position_ids, visited_dq, *shapes),
+        *(*_strides(q, k, v, out, dout, dq), *masks),
+        **_meta(t, q, causal, window),
+    )
+    t = _tile("dkdv", q)
+    launch(
+        flash_attention_dkdv_kernel,
+        (cdiv(T_kv, t.n), H_kv, B),
+        *(q, k, v, dout, lse, delta, dk, dv, key_padding_mask, position_ids, visited_dkdv, *shapes),
+        *(*_strides(q, k, v, dout, dk, dv), *masks),
+        **_meta(t, q, causal, window),
+    )
+    return dq, dk, dv
+
+
+register(
+    "flash_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? key_padding_mask, Tensor? position_ids, float scale,"
+    " bool causal, int? window) -> (Tensor, Tensor)",
+    triton=flash_attention_fwd,
+    aten=flash_attention_cpu.fwd,
+    fake=lambda q, *rest: (_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)),
+)
+register(
+    "flash_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? key_padding_mask,"
+    " Tensor? position_ids, float scale, bool causal, int? window) -> (Tensor, Tensor, Tensor)",
+    triton=flash_attention_bwd,
+    aten=flash_attention_cpu.bwd,
+    fake=lambda dout, q, k, v, *rest: (_like(q), _like(k), _like(v)),
+)

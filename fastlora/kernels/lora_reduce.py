@@ -1,0 +1,174 @@
+"""The reductions over tokens that make the adapters' gradients: fp32 partial sums, added in a fixed order.
+
+    lora_reduce    dA_g = ds_gᵀ (mask_g ∘ x)      (R_g, K), one after the other in one flat fp32 tensor
+    lora_reduce_t  dB_i = dy_iᵀ s_i               (N_i, R_i), likewise
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ._library import register
+from ._tiles import tile
+from ._tl import cdiv, dot_precision, launch, tl, triton
+from .dropout import apply_mask, keep
+from .lora_project import block_r
+
+
+@triton.jit
+def _lora_reduce_kernel(
+    p_ds, p_x, p_mask, p_partial, M, K, K8, rows,
+    RANKS: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    o_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    o_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    i_split = tl.program_id(2).to(tl.int64)
+    m_k, m_r = o_k < K, o_r < R
+    acc = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
+    for i_m in range(0, rows, BLOCK_M):
+        o_m = i_split * rows + i_m + tl.arange(0, BLOCK_M)
+        m_m = (o_m < M) & (i_m + tl.arange(0, BLOCK_M) < rows)
+        b_ds = tl.load(p_ds + o_m[None, :] * R + o_r[:, None], mask=m_m[None, :] & m_r[:, None], other=0.0)
+        b_x = tl.load(p_x + o_m[:, None] * K + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
+        first = 0
+        for g in tl.static_range(len(RANKS)):
+            if MASKED[g]:
+                m_g = (o_r >= first) & (o_r < first + RANKS[g])
+                b_g = tl.where(m_g[:, None], b_ds, 0.0).to(b_ds.dtype)
+                b_kept = tl.where(keep(p_mask[g], o_m, o_k, m_m, m_k, K8), b_x, 0.0).to(b_x.dtype)
+                acc = tl.dot(b_g, b_kept, acc, input_precision=PRECISION)
+                b_ds = tl.where(m_g[:, None], 0.0, b_ds).to(b_ds.dtype)
+            first += RANKS[g]
+        acc = tl.dot(b_ds, b_x, acc, input_precision=PRECISION)
+    p = p_partial + (i_split * R + o_r[:, None]) * K + o_k[None, :]
+    tl.store(p, acc, mask=m_r[:, None] & m_k[None, :])
+
+
+@triton.jit
+def _lora_reduce_t_kernel(
+    p_s, p_dy, p_partial, M, N, total, rows, RANKS: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    i_tile = tl.program_id(0)
+    i_split = tl.program_id(1).to(tl.int64)
+    start, column, offset = 0, 0, 0
+    for i in tl.static_range(len(RANKS)):
+        blocks_r = (RANKS[i] + BLOCK_R - 1) // BLOCK_R
+        tiles = tl.cdiv(N[i], BLOCK_N) * blocks_r
+        if (i_tile >= start) & (i_tile < start + tiles):
+            o_n = (i_tile - start) // blocks_r * BLOCK_N + tl.arange(0, BLOCK_N)
+            o_r = (i_tile - start) % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
+            m_n, m_r = o_n < N[i], o_r < RANKS[i]
+            # Accumulated as (R, N), which replicates no fragment, and stored transposed.
+            acc = tl.zeros([BLOCK_R, BLOCK_N], dtype=tl.float32)
+            for i_m in range(0, rows, BLOCK_M):
+                o_m = i_split * rows + i_m + tl.arange(0, BLOCK_M)
+                m_m = (o_m < M) & (i_m + tl.arange(0, BLOCK_M) < rows)
+                p = p_s + o_m[None, :] * R + column + o_r[:, None]
+                b_s = tl.load(p, mask=m_m[None, :] & m_r[:, None], other=0.0)
+                p = p_dy[i] + o_m[:, None] * N[i] + o_n[None, :]
+                b_dy = tl.load(p, mask=m_m[:, None] & m_n[None, :], other=0.0)
+                acc = tl.dot(b_s, b_dy, acc, input_precision=PRECISION)
+            p = p_partial + i_split * total + offset + o_n[None, :] * RANKS[i] + o_r[:, None]
+            tl.store(p, acc, mask=m_r[:, None] & m_n[None, :])
+        start += tiles
+        column += RANKS[i]
+        offset += N[i] * RANKS[i]
+
+
+def _splits(M: int, tiles: int, block_m: int) -> tuple[int, int]:
+    """How many runs of rows, and rows in each: about two programs for each of an A100's 108 SMs, 512 rows or more."""
+    splits = max(1, min(cdiv(216, max(1, tiles)), cdiv(M, 512)))
+    rows = cdiv(cdiv(M, splits), block_m) * block_m
+    return max(1, cdiv(M, max(1, rows))), rows
+
+
+Tensors = Sequence[torch.Tensor]
+Masks = Sequence[torch.Tensor | None]
+
+
+def lora_reduce(ds: torch.Tensor, x: torch.Tensor, ranks: Sequence[int], masks: Masks) -> torch.Tensor:
+    """dA_g (R_g, K) = ds_g (M, R_g)ᵀ (mask_g ∘ x (M, K)) for every adapter, flat, fp32."""
+    (M, K), R = x.shape, ds.shape[1]
+    t = tile("lora_reduce", x)
+    br = block_r(R)
+    splits, rows = _splits(M, cdiv(K, t.n) * cdiv(R, br), t.m)
+    partials = torch.empty((splits, R * K), dtype=torch.float32, device=x.device)
+    launch(
+        _lora_reduce_kernel,
+        (cdiv(K, t.n), cdiv(R, br), splits),
+        *(ds, x, tuple(masks), partials, M, K, cdiv(K, 8), rows),
+        RANKS=tuple(ranks),
+        R=R,
+        MASKED=tuple(mask is not None for mask in masks),
+        PRECISION=dot_precision(x.dtype),
+        BLOCK_M=t.m,
+        BLOCK_K=t.n,
+        BLOCK_R=br,
+        num_warps=t.warps,
+        num_stages=t.stages,
+    )
+    return partials.sum(0)
+
+
+def lora_reduce_t(s: torch.Tensor, dy: Tensors, ranks: Sequence[int]) -> torch.Tensor:
+    """dB_i (N_i, R_i) = dy_i (M, N_i)ᵀ s_i (M, R_i) for every projection, flat, fp32."""
+    M, R = s.shape
+    N = tuple(one.shape[1] for one in dy)
+    t = tile("lora_reduce", s)
+    br = block_r(max(ranks, default=0))
+    tiles = sum(cdiv(n, t.n) * cdiv(rank, br) for n, rank in zip(N, ranks, strict=True))
+    total = sum(n * rank for n, rank in zip(N, ranks, strict=True))
+    splits, rows = _splits(M, tiles, t.m)
+    partials = torch.empty((splits, total), dtype=torch.float32, device=s.device)
+    launch(
+        _lora_reduce_t_kernel,
+        (tiles, splits),
+        *(s, tuple(dy), partials, M, N, total, rows),
+        RANKS=tuple(ranks),
+        R=R,
+        PRECISION=dot_precision(s.dtype),
+        BLOCK_M=t.m,
+        BLOCK_N=t.n,
+        BLOCK_R=br,
+        num_warps=t.warps,
+        num_stages=t.stages,
+    )
+    return partials.sum(0)
+
+
+def _flat(parts):
+    parts = [part.reshape(-1) for part in parts]
+    return (torch.cat(parts) if len(parts) > 1 else parts[0]).float()
+
+
+def _reduce_aten(ds, x, ranks, masks):
+    if not any(mask is not None for mask in masks):
+        return (ds.t() @ x).flatten().float()
+    return _flat([dsg.t() @ apply_mask(x, mask) for dsg, mask in zip(ds.split(ranks, 1), masks, strict=True)])
+
+
+def _reduce_t_aten(s, dy, ranks):
+    return _flat([dyi.t() @ si for dyi, si in zip(dy, s.split(ranks, 1), strict=True) if si.shape[1]])
+
+
+def _reduce_t_fake(s, dy, ranks):
+    total = sum(one.shape[1] * rank for one, rank in zip(dy, ranks, strict=True))
+    return s.new_empty(total, dtype=torch.float32)
+
+
+register(
+    "lora_reduce(Tensor ds, Tensor x, SymInt[] ranks, Tensor?[] masks) -> Tensor",
+    triton=lora_reduce,
+    aten=_reduce_aten,
+    fake=lambda ds, x, ranks, masks: x.new_empty(ds.shape[1] * x.shape[1], dtype=torch.float32),
+)
+register(
+    "lora_reduce_t(Tensor s, Tensor[] dy, SymInt[] ranks) -> Tensor",
+    triton=lora_reduce_t,
+    aten=_reduce_t_aten,
+    fake=_reduce_t_fake,
+)

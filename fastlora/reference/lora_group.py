@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from .rms_norm import rms_norm
+
+
+def _project(n, weight, bias, branches, masks):
+    y = F.linear(n, weight, bias)
+    for (a, b, scaling, rate), mask in zip(branches, masks, strict=True):
+        kept = n if mask is None else n * mask / (1 - rate)
+        y = y + F.linear(F.linear(kept, a.to(n.dtype)), b.to(n.dtype)) * scaling
+    return y
+
+
+def lora_group(
+    x: torch.Tensor,
+    projections: Sequence[tuple],
+    *,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    residual: torch.Tensor | None = None,
+    masks: Sequence[torch.Tensor | None] | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """As transformers' norm and PEFT's lora.Linear one after the other; masks: what each adapter keeps, in order."""
+    n = x if norm_weight is None else rms_norm(x, norm_weight, eps).to(projections[0][0].dtype)
+    left = list(masks) if masks is not None else [None] * sum(len(one[2]) for one in projections)
+    y = []
+    for weight, bias, branches in projections:
+        mine, left = left[: len(branches)], left[len(branches) :]
+        y.append(_project(n, weight, bias, branches, mine))
+    if residual is not None:
+        y[0] = residual + y[0]
+    return tuple(y) if norm_weight is None else (*y, x)
+
+
+def swiglu_lora(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    projection: tuple,
+    residual: torch.Tensor | None = None,
+    masks: Sequence[torch.Tensor | None] | None = None,
+) -> torch.Tensor:
+    """As the second half of transformers' LlamaMLP, with PEFT's lora.Linear for down_proj."""
+    return lora_group(F.silu(gate) * up, [projection], residual=residual, masks=masks)[0]

@@ -65,14 +65,14 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_bwd(
   require(rstd.dim() == 1 && rstd.size(0) == rows && rstd.is_contiguous() && rstd.scalar_type() == ScalarType::Float,
           "rms_norm_bwd", "rstd", rstd, "contiguous Float (", rows, ")");
 
-  // dw is summed per block of rows, then over the blocks. Blocks depend on the number of rows alone: the result is the
-  // same for any number of threads. At most 256 of them, so the partial sums stay small beside x.
+  // Each block of rows has its own partial sum of dw. Blocks depend on the number of rows alone: the result is the same
+  // for any number of threads. At most 256 of them, so the partial sums stay small beside x.
   const int64_t block_rows = std::max<int64_t>(32, (rows + 255) / 256);
   const int64_t blocks = (rows + block_rows - 1) / block_rows;
   Tensor dx = empty_like(x);
   Tensor n = need_n ? empty_like(dy) : new_empty(dy, {0});
   Tensor dw = new_empty(weight, {need_dw ? cols : 0});
-  Tensor partials = new_empty(x, {need_dw ? blocks : 0, cols}, ScalarType::Float);
+  Tensor partials = new_empty(x, {need_dw ? blocks : 0, 2, cols}, ScalarType::Float);
   float* dw_partials = need_dw ? static_cast<float*>(partials.mutable_data_ptr()) : nullptr;
 
   const RmsNormBwd args{

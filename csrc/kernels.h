@@ -35,9 +35,9 @@ struct RmsNormBwd {
   const void* dresidual;  // (M, cols), dtype of x, added to dx; or null
   void* dx;
   void* n;             // (M, cols), dtype of dy, the forward's output again; or null
-  float* dw_partials;  // (blocks, cols), or null
+  float* dw_partials;  // (blocks, 2, cols): the block's sum of dw, and scratch; or null
   int64_t rows, cols;
-  int64_t block_rows;  // rows summed into one line of dw_partials
+  int64_t block_rows;
 };
 
 struct RmsNormDw {

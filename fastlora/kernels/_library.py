@@ -66,5 +66,5 @@ def runs_on_cpu(name: str) -> str:
     """What the CPU key of ``fastlora::name`` runs: "triton (interpreter)", "csrc" or "aten"."""
     if INTERPRET:
         return "triton (interpreter)"
-    python_impls = getattr(_library, "_op_impls", set())
+    python_impls: set[str] = getattr(_library, "_op_impls", set())
     return "aten" if f"fastlora/{name}/CPU" in python_impls else "csrc"

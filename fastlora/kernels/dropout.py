@@ -58,12 +58,14 @@ def _mask_aten(like, seed, p):
     return (kept * _BITS.to(like.device)).sum(-1, dtype=torch.uint8)
 
 
-def apply_mask(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """x (M, K) where its bit is set and 0 elsewhere; x itself without a mask."""
-    if mask is None:
-        return x
+def _apply_aten(x, mask):
     bits = (mask[:, :, None] & _BITS.to(mask.device)).ne_(0).flatten(1)[:, : x.shape[1]]
     return x * bits
+
+
+def apply_mask(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """x (M, K) where its bit is set and 0 elsewhere; x itself without a mask."""
+    return x if mask is None else torch.ops.fastlora.apply_mask(x, mask)
 
 
 register(
@@ -71,4 +73,11 @@ register(
     triton=dropout_mask,
     aten=_mask_aten,
     fake=lambda like, seed, p: like.new_empty(like.shape[0], cdiv(like.shape[1], 8), dtype=torch.uint8),
+)
+# Inside the fused kernels masks are read by keep(); this serves where a library's GEMM does the product.
+register(
+    "apply_mask(Tensor x, Tensor mask) -> Tensor",
+    triton=_apply_aten,
+    aten=_apply_aten,
+    fake=lambda x, mask: torch.empty_like(x),
 )

@@ -1,82 +1,47 @@
-"""Attention on the CPU: ATen's flash kernels on pieces whose mask is causal, absent or one slab of rows.
+"""Attention on the CPU: eager's own arithmetic, on BLOCK rows of queries and the keys they see at a time.
 
-ATen's causal mask starts at the first key and its mask argument is a whole matrix. So a packed batch is cut into its
-sequences, and any other mask is given BLOCK rows of queries at a time: the largest mask is (B, BLOCK, T_kv).
+A slab of scores holds all keys of its queries, so the softmax is the ordinary one and the backward repeats it: neither
+out nor lse is needed there, and the error is eager's. The query heads of a key head are rows of one matrix product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 
 BLOCK = 128
 
-_fwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# (rows of the batch, queries, keys, (B or 1, 1, 1, queries, keys) True where a key is hidden)
+_Slab = tuple[slice, slice, slice, torch.Tensor]
 
 
-class _Piece(NamedTuple):
-    rows: slice  # of the batch
-    queries: slice
-    keys: slice
-    causal: bool
-    mask: torch.Tensor | None  # additive, (B or 1, 1, queries, keys)
-
-
-def _sequences(position_ids: torch.Tensor, B: int, T: int) -> list[tuple[slice, list[int]]] | None:
-    """The bounds of the sequences in every row of a packed batch; None where position_ids are not 0, 1, 2, … in runs."""
-    index = torch.arange(T)
-    start = (index - position_ids).clamp(min=0)
-    begins = start == index
-    begins[:, :1] = True
-    if not torch.equal(start, torch.where(begins, index, 0).cummax(1).values):
-        return None
-    rows = [slice(0, B)] if position_ids.shape[0] == 1 else [slice(b, b + 1) for b in range(B)]
-    return [(row, [*begin.nonzero().flatten().tolist(), T]) for row, begin in zip(rows, begins, strict=True)]
-
-
-def _mask(lo, hi, first, n_lo, n_hi, shift, key_padding_mask, causal, dtype):
-    """0 where queries lo … hi − 1 see keys n_lo … n_hi − 1, −inf elsewhere."""
-    i, j = torch.arange(lo, hi)[:, None] + shift, torch.arange(n_lo, n_hi)
-    visible = j <= i if causal else torch.ones(hi - lo, n_hi - n_lo, dtype=torch.bool)
-    visible = visible & (j >= first[:, lo:hi, None])
-    if key_padding_mask is not None:
-        visible = visible & key_padding_mask[:, None, n_lo:n_hi]
-    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))[:, None]
-
-
-def _pieces(q, k, key_padding_mask, position_ids, causal, window) -> Iterator[_Piece]:
-    """The calls that together are one attention; a query belongs to one piece."""
+def _slabs(q, k, key_padding_mask, position_ids, causal, window) -> Iterator[_Slab]:
+    """A query belongs to one slab; one that sees no key may belong to none."""
     (B, _, T, _), T_kv = q.shape, k.shape[2]
-    shift, whole = T_kv - T, slice(0, B)
-    if 0 in (B, T, T_kv):
-        return
-    plain = key_padding_mask is None and window is None
-    if plain and position_ids is None and (not causal or shift == 0 or T == 1):
-        yield _Piece(whole, slice(0, T), slice(0, T_kv), causal and shift == 0, None)
-        return
-    if plain and position_ids is not None and shift == 0:
-        packed = _sequences(position_ids, B, T)
-        if packed is not None:
-            for row, bounds in packed:
-                for lo, hi in zip(bounds, bounds[1:], strict=False):
-                    yield _Piece(row, slice(lo, hi), slice(lo, hi), True, None)
-            return
-    position = torch.arange(T)[None] + shift
+    position = torch.arange(T)[None] + T_kv - T
     first = torch.zeros(1, T, dtype=torch.int64)
     if position_ids is not None:
         first = position - position_ids
     if window is not None:
         first = torch.maximum(first, position - window + 1)
-    for lo in range(0, T, BLOCK):
-        hi = min(lo + BLOCK, T)
-        n_hi = hi + shift if causal else T_kv
-        n_lo = min(max(0, int(first[:, lo:hi].min())), n_hi)
-        if n_lo < n_hi:
-            mask = _mask(lo, hi, first, n_lo, n_hi, shift, key_padding_mask, causal, q.dtype)
-            yield _Piece(whole, slice(lo, hi), slice(n_lo, n_hi), False, mask)
+    # Rows of the batch that see different keys are taken one by one.
+    alike = first.shape[0] == 1 and key_padding_mask is None
+    for rows in [slice(0, B)] if alike else [slice(b, b + 1) for b in range(B)]:
+        lefts = first if first.shape[0] == 1 else first[rows]
+        for lo in range(0, T, BLOCK):
+            hi = min(lo + BLOCK, T)
+            n_hi = hi + T_kv - T if causal else T_kv
+            n_lo = max(0, int(lefts[:, lo:hi].min()))
+            if n_lo >= n_hi:
+                continue
+            j = torch.arange(n_lo, n_hi)
+            hidden = j < lefts[:, lo:hi, None]
+            if causal:
+                hidden = hidden | (j > position[:, lo:hi, None])
+            if key_padding_mask is not None:
+                hidden = hidden | ~key_padding_mask[rows, None, n_lo:n_hi]
+            yield rows, slice(lo, hi), slice(n_lo, n_hi), hidden[:, None, None]
 
 
 def _like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -85,29 +50,52 @@ def _like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     return torch.zeros(B, T, H, D, dtype=dtype or x.dtype).transpose(1, 2)
 
 
+def _grouped(x: torch.Tensor, H_kv: int) -> torch.Tensor:
+    """(B, H, T, D) as (B, H_kv, H / H_kv, T, D)."""
+    return x.unflatten(1, (H_kv, x.shape[1] // H_kv))
+
+
+def _probabilities(b_q, b_k, hidden, scale):
+    """Scores and probabilities (B, H_kv, H / H_kv · queries, keys) of queries (B, H_kv, H / H_kv · queries, D)."""
+    scores = (b_q @ b_k.mT).mul_(scale)
+    edge = hidden.flatten(0, -2).any(0).nonzero()
+    if len(edge):  # under a causal mask alone, the last columns
+        columns = slice(int(edge[0]), int(edge[-1]) + 1)
+        by_query = scores.unflatten(2, (-1, hidden.shape[3]))
+        by_query[..., columns].masked_fill_(hidden[..., columns], torch.finfo(scores.dtype).min)
+    p = scores.softmax(-1, dtype=torch.float32).to(b_k.dtype)
+    empty = hidden.all(-1, keepdim=True)
+    if empty.any():
+        p.unflatten(2, (-1, hidden.shape[3])).masked_fill_(empty, 0.0)
+    return scores, p
+
+
 def fwd(q, k, v, key_padding_mask, position_ids, scale, causal, window):
     """As flash_attention_fwd."""
+    H_kv = k.shape[1]
     out, lse = _like(q), torch.full(q.shape[:3], float("inf"))
-    for rows, queries, keys, is_causal, mask in _pieces(q, k, key_padding_mask, position_ids, causal, window):
-        out[rows, :, queries], lse[rows, :, queries] = _fwd(
-            q[rows, :, queries], k[rows, :, keys], v[rows, :, keys], 0.0, is_causal, attn_mask=mask, scale=scale
-        )
+    q_, out_, lse_ = _grouped(q, H_kv), _grouped(out, H_kv), lse.unflatten(1, (H_kv, -1))
+    for rows, queries, keys, hidden in _slabs(q, k, key_padding_mask, position_ids, causal, window):
+        scores, p = _probabilities(q_[rows, :, :, queries].flatten(2, 3), k[rows, :, keys], hidden, scale)
+        out_[rows, :, :, queries] = (p @ v[rows, :, keys]).unflatten(2, (-1, hidden.shape[3]))
+        # The largest probability is exp(largest score − lse).
+        b_lse = scores.amax(-1).float() - p.amax(-1).float().log()
+        lse_[rows, :, :, queries] = b_lse.unflatten(2, (-1, hidden.shape[3]))
     return out, lse
 
 
 def bwd(dout, q, k, v, out, lse, key_padding_mask, position_ids, scale, causal, window):
     """As flash_attention_bwd."""
-    pieces = list(_pieces(q, k, key_padding_mask, position_ids, causal, window))
-    # Keys of several pieces gather their gradient in fp32.
-    dtype = torch.float32 if any(piece.mask is not None for piece in pieces) else q.dtype
-    dq, dk, dv = _like(q), _like(k, dtype), _like(v, dtype)
-    for rows, queries, keys, is_causal, mask in pieces:
-        dq[rows, :, queries], dk_piece, dv_piece = _bwd(
-            *(dout[rows, :, queries], q[rows, :, queries], k[rows, :, keys], v[rows, :, keys]),
-            *(out[rows, :, queries], lse[rows, :, queries], 0.0, is_causal),
-            attn_mask=mask,
-            scale=scale,
-        )
-        dk[rows, :, keys] += dk_piece
-        dv[rows, :, keys] += dv_piece
+    H_kv = k.shape[1]
+    # Keys gather their gradient from many slabs: in fp32.
+    dq, dk, dv = _like(q), _like(k, torch.float32), _like(v, torch.float32)
+    q_, do_, dq_ = _grouped(q, H_kv), _grouped(dout, H_kv), _grouped(dq, H_kv)
+    for rows, queries, keys, hidden in _slabs(q, k, key_padding_mask, position_ids, causal, window):
+        b_q, b_do = q_[rows, :, :, queries].flatten(2, 3), do_[rows, :, :, queries].flatten(2, 3)
+        b_k, b_v = k[rows, :, keys], v[rows, :, keys]
+        _, p = _probabilities(b_q, b_k, hidden, scale)
+        dv[rows, :, keys] += p.mT @ b_do
+        ds = torch._softmax_backward_data(b_do @ b_v.mT, p, -1, p.dtype).mul_(scale)
+        dq_[rows, :, :, queries] = (ds @ b_k).unflatten(2, (-1, hidden.shape[3]))
+        dk[rows, :, keys] += ds.mT @ b_q
     return dq, dk.to(k.dtype), dv.to(v.dtype)

@@ -26,7 +26,7 @@ def load_rows(p, o_r, stride, o_d, rows, CHECK: tl.constexpr, D: tl.constexpr, B
         else:
             b = tl.load(p, mask=(o_r[:, None] < rows) & (o_d[None, :] < D), other=0.0)
     else:
-        if D == BLOCK_D:  # noqa: SIM114
+        if D == BLOCK_D:
             b = tl.load(p)
         else:
             b = tl.load(p, mask=o_d[None, :] < D, other=0.0)

@@ -13,9 +13,7 @@ _CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 
 @triton.jit
-def _cross_entropy_rows_kernel(
-    p_logits, p_labels, p_scale, p_loss, V, NEED_GRAD: tl.constexpr, BLOCK_V: tl.constexpr
-):
+def _cross_entropy_rows_kernel(p_logits, p_labels, p_scale, p_loss, V, NEED_GRAD: tl.constexpr, BLOCK_V: tl.constexpr):
     i_m = tl.program_id(0).to(tl.int64)
     p_row = p_logits + i_m * V
     label = tl.load(p_labels + i_m)

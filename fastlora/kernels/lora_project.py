@@ -20,7 +20,8 @@ _NONE, _RMS_NORM, _SWIGLU = 0, 1, 2
 
 @triton.jit
 def _dot_branches(
-    acc, b_x, o_m, m_m, o_k, m_k, o_r, K, K8, p_a, p_mask, R: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr
+    acc, b_x, o_m, m_m, o_k, m_k, o_r, K, K8, p_a, p_mask,
+    R: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + Σ_g (mask_g ∘ b_x) A_gᵀ, the A_g stacked: column o_r of acc is one row of one A_g."""
     b_stack = tl.zeros([o_k.shape[0], o_r.shape[0]], dtype=b_x.dtype)

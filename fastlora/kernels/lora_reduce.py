@@ -1,7 +1,7 @@
 """The reductions over tokens that make the adapters' gradients: fp32 partial sums, added in a fixed order.
 
-    lora_reduce    dA_g = ds_gᵀ (mask_g ∘ x)      (R_g, K), one after the other in one flat fp32 tensor
-    lora_reduce_t  dB_i = dy_iᵀ s_i               (N_i, R_i), likewise
+lora_reduce    dA_g = ds_gᵀ (mask_g ∘ x)      (R_g, K), one after the other in one flat fp32 tensor
+lora_reduce_t  dB_i = dy_iᵀ s_i               (N_i, R_i), likewise
 """
 
 from __future__ import annotations

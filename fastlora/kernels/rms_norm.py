@@ -76,7 +76,7 @@ def rms_norm_bwd(
     need_dw: bool,
     need_n: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dx (M, H), with dresidual (M, H) added; dweight (H,); and the recomputed y in the dtype of dy, (0,) if unneeded."""
+    """dx (M, H), with dresidual (M, H) added; dweight (H,); y again, in the dtype of dy. What is not needed is (0,)."""
     M, H = x.shape
     dx = torch.empty_like(x)
     n = torch.empty_like(dy) if need_n else dy.new_empty(0)

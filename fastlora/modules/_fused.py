@@ -37,10 +37,11 @@ class Fused:
     """
 
     _fastlora: State
+    _fastlora_class: tuple[str, str]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        original = cls.__bases__[-1]
+        original: Any = cls.__bases__[-1]
         cls._fastlora_class = (cls.__module__, cls.__qualname__)
         cls.__module__, cls.__qualname__, cls.__doc__ = original.__module__, original.__qualname__, original.__doc__
         # Trainer and generate read off forward's signature which columns and which arguments a model takes.
@@ -67,7 +68,7 @@ def _rebuild(module: str, name: str) -> Any:
     return cls.__new__(cls)
 
 
-def original_class(module: nn.Module) -> type[nn.Module]:
+def original_class(module: nn.Module) -> Any:
     """The Hugging Face class a swapped module stands for, or the module's own class."""
     return type(module).__bases__[-1] if isinstance(module, Fused) else type(module)
 
@@ -86,7 +87,7 @@ def why_not_plain(*tensors: torch.Tensor | None) -> str | None:
     return None
 
 
-def why_not_called(module: nn.Module) -> str | None:
+def why_not_called(module: Any) -> str | None:
     """Why the forward of a submodule may not be bypassed: something of the user's is attached to its call."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"hooks on the {type(module).__name__}"

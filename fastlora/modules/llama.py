@@ -39,12 +39,21 @@ class LlamaMLP(Fused, hf.LlamaMLP):
         return [Part("", activation, None), *(lora.part(self, n) for n in ("gate_proj", "up_proj", "down_proj"))]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate = lora.linear(self, "gate_proj", x)
-        up = lora.linear(self, "up_proj", x)
+        gate, up = lora.group(self, ("gate_proj", "up_proj"), x)
+        return self._down(gate, up, None)
+
+    def normed(self, x: torch.Tensor, norm: LlamaRMSNorm) -> torch.Tensor:
+        """``x + self(norm(x))`` in two operators."""
+        gate, up, x = lora.group(self, ("gate_proj", "up_proj"), x, norm=norm)
+        return self._down(gate, up, x)
+
+    def _down(self, gate: torch.Tensor, up: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         why = why_not_plain(gate, up) if "swiglu" in self._fastlora.ops else "swiglu is not among the chosen ops"
         self.count("", why)
+        if why is None and (out := lora.swiglu_down(self, "down_proj", gate, up, residual)) is not None:
+            return out
         h = self.act_fn(gate) * up if why else swiglu(gate, up)
-        return lora.linear(self, "down_proj", h)
+        return lora.group(self, ("down_proj",), h, residual=residual)[0]
 
 
 class LlamaAttention(Fused, hf.LlamaAttention):
@@ -53,19 +62,29 @@ class LlamaAttention(Fused, hf.LlamaAttention):
         runs = f"{rotation}; attention: {self.config._attn_implementation} (transformers)"
         return [Part("", runs, None), *(lora.part(self, n) for n in ("q_proj", "k_proj", "v_proj", "o_proj"))]
 
-    def forward(
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        q, k, v = lora.group(self, ("q_proj", "k_proj", "v_proj"), hidden_states)
+        out, weights = self._attend(q, k, v, *args, **kwargs)
+        return lora.group(self, ("o_proj",), out)[0], weights
+
+    def normed(self, x: torch.Tensor, norm: LlamaRMSNorm, **kwargs: Any) -> torch.Tensor:
+        """``x + self(norm(x))`` in two operators around the attention."""
+        q, k, v, x = lora.group(self, ("q_proj", "k_proj", "v_proj"), x, norm=norm)
+        out, _ = self._attend(q, k, v, **kwargs)
+        return lora.group(self, ("o_proj",), out, residual=x)[0]
+
+    def _attend(
         self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        batch, tokens = hidden_states.shape[:-1]
-        q, k, v = (
-            lora.linear(self, name, hidden_states).view(batch, tokens, -1, self.head_dim).transpose(1, 2)
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
+        batch, tokens = q.shape[:-1]
+        q, k, v = (one.view(batch, tokens, -1, self.head_dim).transpose(1, 2) for one in (q, k, v))
         cos, sin = position_embeddings
         why = why_not_plain(q, k, cos, sin) if "rope" in self._fastlora.ops else "rope is not among the chosen ops"
         self.count("", why)
@@ -76,9 +95,37 @@ class LlamaAttention(Fused, hf.LlamaAttention):
             k, v = past_key_values.update(k, v, self.layer_idx, tables)
         name = self.config._attn_implementation
         attend = hf.eager_attention_forward if name == "eager" else hf.ALL_ATTENTION_FUNCTIONS[name]
-        dropout = self.attention_dropout if self.training else 0.0
+        dropout: Any = self.attention_dropout if self.training else 0.0
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
-        return lora.linear(self, "o_proj", out.reshape(batch, tokens, -1).contiguous()), weights
+        return out.reshape(batch, tokens, -1).contiguous(), weights
+
+
+class LlamaDecoderLayer(Fused, hf.LlamaDecoderLayer):
+    self_attn: Any
+    mlp: Any
+
+    def _why_not(self) -> str | None:
+        for child in (self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp):
+            if not isinstance(child, Fused):
+                return f"its {type(child).__name__} is not fused"
+            if why := why_not_called(child):
+                return why
+        return why_not_plain(self.input_layernorm.weight, self.post_attention_layernorm.weight)
+
+    def parts(self) -> list[Part]:
+        why = self._why_not()
+        return [Part("", "transformers, module by module" if why else "fastlora norm + projections + residual", why)]
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        why = "arguments by position" if args else self._why_not() or why_not_plain(hidden_states)
+        norms = (self.input_layernorm, self.post_attention_layernorm)
+        if why is None and any(norm.weight.dtype not in (hidden_states.dtype, torch.float32) for norm in norms):
+            why = "mixed dtypes of x and the norms"
+        self.count("", why)
+        if why:
+            return super().forward(hidden_states, *args, **kwargs)
+        x = self.self_attn.normed(hidden_states, self.input_layernorm, **kwargs)
+        return self.mlp.normed(x, self.post_attention_layernorm)
 
 
 class LlamaForCausalLM(Fused, hf.LlamaForCausalLM):
@@ -127,7 +174,7 @@ class LlamaForCausalLM(Fused, hf.LlamaForCausalLM):
         )
         return CausalLMOutputWithPast(
             loss=loss,
-            logits=LazyLogits(self.lm_head, hidden),
+            logits=LazyLogits(self.lm_head, hidden),  # type: ignore[arg-type]
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

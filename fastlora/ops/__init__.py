@@ -1,5 +1,6 @@
 """Differentiable functions, one per file. Each has a Triton form for GPUs and a C++ or ATen form for CPUs."""
 
+from .dora import dora
 from .flash_attention import flash_attention
 from .linear_cross_entropy import linear_cross_entropy
 from .lora_group import Branch, Projection, lora_group, swiglu_lora
@@ -11,6 +12,7 @@ from .swiglu import swiglu
 __all__ = [
     "Branch",
     "Projection",
+    "dora",
     "linear_cross_entropy",
     "lora_group",
     "lora_linear",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ def same_device(op: str, first: str, reference: torch.Tensor, **others: torch.Te
             raise ValueError(f"{op}: {argument} is on {tensor.device}, needs {reference.device}, the device of {first}")
 
 
-def autocast(device: torch.device, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def autocast(device: torch.device, *tensors: Any) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where autocast is on for this device, as torch's own matmul takes them."""
     if not torch.is_autocast_enabled(device.type):
         return tensors

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -41,7 +41,7 @@ class _Params(NamedTuple):
     a: list[torch.Tensor]
 
 
-def _per_projection(counts: Sequence[int], params: Sequence[torch.Tensor | None]) -> _Params:
+def _per_projection(counts: Sequence[int], params: Sequence[Any]) -> _Params:
     P = len(counts)
     return _Params(list(params[:P]), list(params[P : 2 * P]), list(params[2 * P : 3 * P]), list(params[3 * P :]))
 
@@ -60,9 +60,7 @@ class _LoraGroup(torch.autograd.Function):
         bias = [None if one is None else one.to(dtype) for one in p.bias]
         if norm_weight is None and up is None:
             x = x.to(dtype)
-        masks = [
-            ops.dropout_mask(x, seed, rate) if rate else None for seed, rate in zip(seeds, rates, strict=True)
-        ]
+        masks = [ops.dropout_mask(x, seed, rate) if rate else None for seed, rate in zip(seeds, rates, strict=True)]
         rstd = None
         if norm_weight is not None:
             n, rstd, s = ops.rms_norm_project(x, norm_weight, eps, p.a, a_scale, masks, dtype)
@@ -77,7 +75,7 @@ class _LoraGroup(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *dy):
+    def backward(ctx, *grads):
         ops = torch.ops.fastlora
         eps, dtype, carry, counts, b_scale, n_masks, has_residual = ctx.static
         x, up, norm_weight, rstd, s, *rest = ctx.saved_tensors
@@ -85,11 +83,9 @@ class _LoraGroup(torch.autograd.Function):
         p = _per_projection(counts, params)
         need_x, need_up, need_norm, need_residual = ctx.needs_input_grad[:4]
         need = _per_projection(counts, ctx.needs_input_grad[12:])
-        dcarry = None
-        if carry:
-            *dy, dcarry = dy
-        dresidual = dy[0] if has_residual and need_residual else None
-        dy = [one.to(dtype).contiguous() for one in dy]
+        dcarry = grads[-1].contiguous() if carry else None
+        dresidual = grads[0] if has_residual and need_residual else None
+        dy = [one.to(dtype).contiguous() for one in grads[: len(counts)]]
         ranks = [one.shape[0] for one in p.a]
         b_ranks = [one.shape[1] for one in p.b]
 
@@ -102,7 +98,6 @@ class _LoraGroup(torch.autograd.Function):
         if need_input:
             dn = ops.lora_gemm_t(dy, [one.to(dtype) for one in p.w], ds, p.a, masks)
             if norm_weight is not None:
-                dcarry = None if dcarry is None else dcarry.contiguous()
                 dx, dnorm, n = ops.rms_norm_bwd(dn, x, norm_weight, rstd, dcarry, need_norm, need_n)
             elif up is not None:
                 dx, dup, n = ops.swiglu_bwd(dn, x, up, need_n)

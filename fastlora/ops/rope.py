@@ -24,9 +24,7 @@ class _RoPE(torch.autograd.Function):
         return *torch.ops.fastlora.rope(_unit_stride(dq), _unit_stride(dk), cos, sin, True), None, None
 
 
-def rope(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotary position embedding of queries and keys, rotate-half convention.
 
     ``out = x · cos + (−x₂, x₁) · sin`` with x₁ and x₂ the halves of the last dimension; computed in fp32, rounded once.

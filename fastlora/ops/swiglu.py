@@ -38,4 +38,5 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     _check.shape("swiglu", "up", up, tuple(gate.shape), "to match gate")
     _check.dtype("swiglu", "up", up, (gate.dtype,), "to match gate")
     _check.same_device("swiglu", "gate", gate, up=up)
-    return _SwiGLU.apply(gate.contiguous(), up.contiguous())
+    F = gate.shape[-1]
+    return _SwiGLU.apply(gate.reshape(-1, F).contiguous(), up.reshape(-1, F).contiguous()).view(gate.shape)

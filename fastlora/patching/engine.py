@@ -116,10 +116,11 @@ def patch(model: Model, ops: Iterable[str] | None = None, strict: bool = False) 
     for _, module, swap in _candidates(model):
         mine = chosen & swap.ops
         if mine and swap.why_not(module) is None:
-            calls = module._fastlora.calls if isinstance(module, Fused) else {}
+            state = State(frozenset(mine))
+            if isinstance(module, Fused):
+                state.calls = module._fastlora.calls
             _set_class(module, swap.fast)
-            module._fastlora = State(frozenset(mine))
-            module._fastlora.calls.update(calls)
+            module.__dict__["_fastlora"] = state
         elif isinstance(module, Fused):
             _restore({module: (swap.original, None)})
     plan = explain(model)
@@ -159,7 +160,7 @@ def explain(model: nn.Module) -> Plan:
             rows.append(Row(path, f"transformers {swap.original.__name__}", swap.why_not(module) or "not patched"))
             continue
         for part in module.parts():
-            calls = module._fastlora.calls.get(part.name, {})
+            calls: dict[str, int] = dict(module._fastlora.calls.get(part.name, {}))
             passed = {reason: n for reason, n in calls.items() if reason != FUSED}
             why = part.why or (max(passed, key=passed.__getitem__) if passed else None)
             where = ".".join(filter(None, (path, part.name)))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
 from transformers.models.llama import modeling_llama as hf
 
 from ..modules import llama as fast
 from .engine import Swap
 
 
-def _not_silu(module: nn.Module) -> str | None:
+def _not_silu(module: Any) -> str | None:
     activation = module.config.hidden_act
     return None if activation in ("silu", "swish") else f"hidden_act is {activation}, not silu"
 
@@ -18,5 +19,6 @@ TABLE = (
     Swap(hf.LlamaRMSNorm, fast.LlamaRMSNorm, ops={"rms_norm"}),
     Swap(hf.LlamaMLP, fast.LlamaMLP, ops={"swiglu", "lora_linear"}, unless=_not_silu),
     Swap(hf.LlamaAttention, fast.LlamaAttention, ops={"rope", "lora_linear"}),
+    Swap(hf.LlamaDecoderLayer, fast.LlamaDecoderLayer, ops={"rms_norm", "lora_linear"}),
     Swap(hf.LlamaForCausalLM, fast.LlamaForCausalLM, ops={"linear_cross_entropy"}),
 )

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-_LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
+_LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,9 @@ class Plan:
         header = ("module", "runs", "fused calls", "passed", "why not fused")
         lines = [header, *((r.path, r.runs, str(r.fused), str(r.passed), r.why or "") for r in _by_layer(self.rows))]
         widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-        text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+        text = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        ]
         text.insert(1, "  ".join("─" * width for width in widths))
         return "\n".join([*text, "", self.backend])
 

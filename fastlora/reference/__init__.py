@@ -1,5 +1,6 @@
 """Eager float mathematics, one function per op: the witness. Only tests and benchmarks import it."""
 
+from .dora import dora
 from .flash_attention import flash_attention
 from .linear_cross_entropy import linear_cross_entropy
 from .lora_group import lora_group, swiglu_lora
@@ -8,4 +9,14 @@ from .rms_norm import rms_norm
 from .rope import rope
 from .swiglu import swiglu
 
-__all__ = ["flash_attention", "linear_cross_entropy", "lora_group", "lora_linear", "rms_norm", "rope", "swiglu", "swiglu_lora"]
+__all__ = [
+    "dora",
+    "flash_attention",
+    "linear_cross_entropy",
+    "lora_group",
+    "lora_linear",
+    "rms_norm",
+    "rope",
+    "swiglu",
+    "swiglu_lora",
+]

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from . import _check
+
+
+class _Dora(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, g, bias):
+        ctx.save_for_backward(y, g)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        scaled = y * g if bias is None else torch.addcmul(bias.to(g.dtype), y, g)
+        return scaled.to(y.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        y, g = ctx.saved_tensors
+        dy = (dout * g).to(y.dtype) if ctx.needs_input_grad[0] else None
+        dg = torch.einsum("mn,mn->n", dout.to(g.dtype), y.to(g.dtype)) if ctx.needs_input_grad[1] else None
+        dbias = dout.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        return dy, dg, dbias
+
+
+@torch.no_grad()
+def _column_norms(weight, lora_a, lora_b, scaling):
+    """‖W + s B A‖ of each row, fp32, without the sum: ‖W‖² + 2s (W Aᵀ)·B + s² (B A Aᵀ)·B."""
+    a, b = lora_a.double(), lora_b.double()  # small, and the three terms may cancel
+    base = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).square()
+    cross = torch.mm(weight, lora_a.t().to(weight.dtype)).double()
+    squares = base + scaling * (b * (2 * cross + scaling * (b @ (a @ a.t())))).sum(1)
+    return squares.clamp(min=0).sqrt().float()
+
+
+def dora(
+    y: torch.Tensor,
+    magnitude: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float = 1.0,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Weight-decomposed LoRA from its direction: ``out = (m / ‖W + s B A‖) · y + bias``, y = x Wᵀ + s x Aᵀ Bᵀ.
+
+    The norm is taken per output, held constant in the backward as the paper proposes, and never materialises
+    W + s B A: its square is a sum of products of rank R.
+
+    Args:
+        y: (..., N), without bias.
+        magnitude: m, (N,).
+        weight: W, (N, K). lora_a: A, (R, K). lora_b: B, (N, R). No gradient flows to them from here.
+        scaling: s.
+        bias: (N,).
+
+    Returns:
+        (..., N), dtype of y. Saved for backward: y and one number per output.
+
+    Raises:
+        ValueError: a wrong shape, by the name of the argument.
+
+    Source: Liu et al., DoRA, arXiv:2402.09353, section 4.3.
+    """
+    N = y.shape[-1]
+    _check.shape("dora", "weight", weight, (N, None), "as (N, K) with N the last dimension of y")
+    _check.shape("dora", "magnitude", magnitude, (N,), "to match the last dimension of y")
+    _check.shape("dora", "lora_a", lora_a, (None, weight.shape[1]), "as (R, K)")
+    _check.shape("dora", "lora_b", lora_b, (N, lora_a.shape[0]), "as (N, R)")
+    norms = _column_norms(weight, lora_a, lora_b, scaling)
+    return _Dora.apply(y.reshape(-1, N), magnitude.float() / norms, bias).view(y.shape)

@@ -117,13 +117,15 @@ def _open(settings: Settings, rows: Rows, resume: bool, console: Console) -> Pat
     return None
 
 
-def quiet() -> None:
+def quiet(bars: bool = True) -> None:
     """No warnings of transformers and TRL: what is left to say is said by the plan and the report."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("trl").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    if not bars:
+        transformers.utils.logging.disable_progress_bar()
 
 
 def _build(settings: Settings, rows: Rows, answers_only: bool, console: Console) -> tuple[Any, ...]:

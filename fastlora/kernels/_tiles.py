@@ -10,29 +10,57 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """One launch configuration: block sizes along M, N and K, warps, pipeline stages, and where the row comes from."""
+    """One launch configuration and where it comes from.
+
+    Attributes:
+        m, n, k: block sizes along the rows, the columns of the output, and the reduction.
+        r: the most ranks one product takes.
+        warps, stages: of the program, and of its software pipeline.
+        provenance: "screened": compiled for sm_80 and sm_90, no spills, within the shared memory of both.
+    """
 
     m: int = 1
     n: int = 1
     k: int = 1
+    r: int = 64
     warps: int = 4
     stages: int = 2
-    provenance: str = "screened"  # compiled for sm_80: no spills, within 166,912 B of shared memory
+    provenance: str = "screened"
 
 
-# Keyed by (kernel, architecture); architecture 0 is the default. fp32 runs without tensor cores, in smaller tiles.
+# Keyed by kernel and architecture; architecture 0 is the default. fp32 runs without tensor cores, in smaller tiles.
 _ROWS: dict[tuple[str, int], Tile] = {
-    ("lora_gemm", 0): Tile(m=128, n=128, k=32, warps=4, stages=4),
-    ("lora_gemm", 80): Tile(m=128, n=256, k=64, warps=8, stages=4),
-    ("lora_gemm", 90): Tile(m=128, n=256, k=64, warps=8, stages=4),
-    # Dropout holds the masked rank product beside the accumulator.
-    ("lora_gemm_dropout", 0): Tile(m=128, n=128, k=32, warps=8, stages=4),
-    ("lora_gemm_dropout_fp32", 0): Tile(m=64, n=64, k=32, warps=4, stages=3),
-    ("lora_gemm_fp32", 0): Tile(m=64, n=64, k=32, warps=4, stages=3),
+    ("lora_gemm", 0): Tile(m=128, n=128, k=32, r=32, warps=4, stages=4),
+    ("lora_gemm", 80): Tile(m=128, n=256, k=64, r=32, warps=8, stages=4),
+    ("lora_gemm", 90): Tile(m=128, n=256, k=64, r=32, warps=8, stages=4),
+    ("lora_gemm_fp32", 0): Tile(m=32, n=32, k=32, r=16, warps=4, stages=2),
+    ("lora_gemm_t", 0): Tile(m=128, n=128, k=32, r=32, warps=4, stages=4),
+    ("lora_gemm_t", 80): Tile(m=128, n=256, k=64, r=32, warps=8, stages=4),
+    ("lora_gemm_t", 90): Tile(m=128, n=256, k=64, r=32, warps=8, stages=4),
+    ("lora_gemm_t_fp32", 0): Tile(m=32, n=32, k=32, r=16, warps=4, stages=2),
+    ("lora_gemm_t_dropout", 0): Tile(m=64, n=128, k=32, r=32, warps=8, stages=4),
+    ("lora_gemm_t_dropout_fp32", 0): Tile(m=32, n=32, k=16, r=16, warps=4, stages=2),
     ("lora_project", 0): Tile(m=32, k=128, warps=4, stages=3),
-    ("lora_project_fp32", 0): Tile(m=32, k=64, warps=4, stages=2),
+    ("lora_project_fp32", 0): Tile(m=16, k=32, r=16, warps=4, stages=2),
+    ("lora_project_dropout", 0): Tile(m=32, k=64, r=32, warps=4, stages=3),
+    ("lora_project_dropout_fp32", 0): Tile(m=16, k=32, r=16, warps=4, stages=2),
+    ("lora_project_t", 0): Tile(m=32, k=128, warps=4, stages=3),
+    ("lora_project_t_fp32", 0): Tile(m=16, k=32, r=16, warps=4, stages=2),
+    ("rms_norm_project", 0): Tile(m=32, k=128, warps=4, stages=3),
+    ("rms_norm_project_fp32", 0): Tile(m=16, k=32, r=16, warps=4, stages=2),
+    ("rms_norm_project_dropout", 0): Tile(m=32, k=64, r=32, warps=4, stages=3),
+    ("rms_norm_project_dropout_fp32", 0): Tile(m=16, k=32, r=16, warps=4, stages=2),
+    ("swiglu_project", 0): Tile(m=32, k=128, warps=4, stages=3),
+    ("swiglu_project_fp32", 0): Tile(m=16, k=32, r=16, warps=4, stages=2),
+    ("swiglu_project_dropout", 0): Tile(m=32, k=64, r=32, warps=4, stages=3),
+    ("swiglu_project_dropout_fp32", 0): Tile(m=16, k=32, r=16, warps=4, stages=2),
     ("lora_reduce", 0): Tile(m=64, n=128, warps=4, stages=3),
-    ("lora_reduce_fp32", 0): Tile(m=32, n=64, warps=4, stages=2),
+    ("lora_reduce_fp32", 0): Tile(m=32, n=32, r=16, warps=4, stages=2),
+    ("lora_reduce_dropout", 0): Tile(m=32, n=64, r=32, warps=4, stages=2),
+    ("lora_reduce_dropout_fp32", 0): Tile(m=16, n=32, r=16, warps=4, stages=2),
+    ("lora_reduce_t", 0): Tile(m=64, n=128, warps=4, stages=3),
+    ("lora_reduce_t_fp32", 0): Tile(m=32, n=32, r=16, warps=4, stages=2),
+    ("swiglu", 0): Tile(n=1024, warps=4),
     # m: queries, n: keys. By head dimension, up to 64, 128 and 256; decode: at most 16 queries.
     ("flash_attention_decode", 0): Tile(m=16, n=64, warps=4, stages=2),
     ("flash_attention_fwd_d64", 0): Tile(m=128, n=64, warps=4, stages=3),
@@ -54,7 +82,6 @@ _ROWS: dict[tuple[str, int], Tile] = {
     ("flash_attention_dkdv_d64_fp32", 0): Tile(m=32, n=32, warps=4, stages=1),
     ("flash_attention_dkdv_d128_fp32", 0): Tile(m=16, n=32, warps=4, stages=1),
     ("flash_attention_dkdv_d256_fp32", 0): Tile(m=16, n=16, warps=4, stages=1),
-    ("swiglu", 0): Tile(n=1024, warps=4),
     ("cross_entropy", 0): Tile(n=4096, warps=8),
 }
 

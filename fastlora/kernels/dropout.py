@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ._library import register
-from ._tl import cdiv, launch, next_power_of_2, tl, triton
+from ._tl import cdiv, launch, tl, triton
 
 _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
@@ -19,14 +19,12 @@ def keep(p_mask, o_m, o_k, m_m, m_k, K8):
 
 
 @triton.jit(do_not_specialize=["seed"])
-def _dropout_mask_kernel(p_mask, seed, K8, threshold, BLOCK: tl.constexpr):
-    i_m = tl.program_id(0).to(tl.int64)
-    o_b = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    element = (i_m * K8 + o_b) * 8
+def _dropout_mask_kernel(p_mask, seed, numel, threshold, BLOCK: tl.constexpr):
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b_byte = tl.zeros([BLOCK], dtype=tl.int32)
-    # Four 32-bit words of Philox make four bits; the 64-bit element index is the counter.
+    # Four 32-bit words of Philox make four bits; the 64-bit index of the element is the counter.
     for half in tl.static_range(2):
-        counter = element + 4 * half
+        counter = o * 8 + 4 * half
         low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
         zero = low * 0
         r0, r1, r2, r3 = tl.philox(seed, low, high, zero, zero)
@@ -34,7 +32,7 @@ def _dropout_mask_kernel(p_mask, seed, K8, threshold, BLOCK: tl.constexpr):
         b_byte |= (r1 >= threshold).to(tl.int32) << (4 * half + 1)
         b_byte |= (r2 >= threshold).to(tl.int32) << (4 * half + 2)
         b_byte |= (r3 >= threshold).to(tl.int32) << (4 * half + 3)
-    tl.store(p_mask + i_m * K8 + o_b, b_byte.to(tl.uint8), mask=o_b < K8)
+    tl.store(p_mask + o, b_byte.to(tl.uint8), mask=o < numel)
 
 
 def dropout_mask(like: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
@@ -43,11 +41,10 @@ def dropout_mask(like: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tens
     seed is an int64 scalar on the CPU, so that drawing it from torch's generator waits for no device.
     """
     M, K = like.shape
-    K8 = cdiv(K, 8)
-    mask = torch.empty((M, K8), dtype=torch.uint8, device=like.device)
-    block = min(1024, next_power_of_2(K8))
+    mask = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=like.device)
     threshold = min(round(p * 2**32), 2**32 - 1)
-    launch(_dropout_mask_kernel, (M, cdiv(K8, block)), mask, int(seed), K8, threshold, BLOCK=block, num_warps=4)
+    n = mask.numel()
+    launch(_dropout_mask_kernel, (cdiv(n, 1024),), mask, int(seed), n, threshold, BLOCK=1024, num_warps=4)
     return mask
 
 

@@ -99,6 +99,7 @@ def flash_attention_bwd(
     (B, H, T, _), (H_kv, T_kv) = q.shape, k.shape[1:3]
     dq, dk, dv = _like(q), _like(k), _like(v)
     delta = torch.empty_like(lse)
+    norm = torch.empty_like(lse) if q.dtype == torch.float32 else None
     masks = (_rows(key_padding_mask), _rows(position_ids))
     visited_dq, visited_dkdv = visited.split(1) if visited is not None else (None, None)
     shapes = (T, T_kv, H // H_kv, scale, window or 0)
@@ -106,7 +107,7 @@ def flash_attention_bwd(
     launch(
         flash_attention_dq_kernel,
         (cdiv(T, t.m), H, B),
-        *(q, k, v, out, dout, lse, delta, dq, key_padding_mask, position_ids, visited_dq, *shapes),
+        *(q, k, v, out, dout, lse, delta, norm, dq, key_padding_mask, position_ids, visited_dq, *shapes),
         *(*_strides(q, k, v, out, dout, dq), *masks),
         **_meta(t, q, causal, window),
     )
@@ -114,7 +115,7 @@ def flash_attention_bwd(
     launch(
         flash_attention_dkdv_kernel,
         (cdiv(T_kv, t.n), H_kv, B),
-        *(q, k, v, dout, lse, delta, dk, dv, key_padding_mask, position_ids, visited_dkdv, *shapes),
+        *(q, k, v, dout, lse, delta, norm, dk, dv, key_padding_mask, position_ids, visited_dkdv, *shapes),
         *(*_strides(q, k, v, dout, dk, dv), *masks),
         **_meta(t, q, causal, window),
     )

@@ -3,6 +3,9 @@
 With P = exp(scale · q kᵀ − lse) and delta = rowsum(dout ∘ out):
 
     dv = Pᵀ dout        dS = P ∘ (dout vᵀ − delta)        dq = scale · dS k        dk = scale · dSᵀ q
+
+In fp32 the rounding of lse and of out would be the largest errors here. There one more pass over the keys takes
+norm = 1 / rowsum(P), by which P is multiplied, and delta = norm · rowsum(P ∘ dout vᵀ).
 """
 
 from __future__ import annotations
@@ -13,11 +16,12 @@ from .flash_attention_mask import edge_tile, first_key, key_tiles, load_rows, qu
 
 
 @triton.jit
-def _dq_step(
-    acc, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_kt, stride_vt, i_n, o_m, b_first, o_d, p_pad, T_kv, shift, scale,
-    p_visited, CAUSAL: tl.constexpr, LEFT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+def _probabilities(
+    b_q, b_do, b_lse, p_k, p_v, stride_kt, stride_vt, i_n, o_m, b_first, o_d, p_pad, T_kv, shift, scale,
+    CAUSAL: tl.constexpr, LEFT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """k, P and dP = dout vᵀ of one tile."""
     o_n = i_n + tl.arange(0, BLOCK_N)
     b_k = load_rows(p_k, o_n, stride_kt, o_d, T_kv, MASKED, D, BLOCK_D)
     b_v = load_rows(p_v, o_n, stride_vt, o_d, T_kv, MASKED, D, BLOCK_D)
@@ -27,6 +31,32 @@ def _dq_step(
         b_s = tl.where(m, b_s, float("-inf"))
     b_p = tl.math.exp2(b_s * scale - b_lse[:, None])
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+    return b_k, b_p, b_dp
+
+
+@triton.jit
+def _norm_step(
+    b_norm, b_delta, b_q, b_do, b_lse, p_k, p_v, stride_kt, stride_vt, i_n, o_m, b_first, o_d, p_pad, T_kv, shift,
+    scale, CAUSAL: tl.constexpr, LEFT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    _, b_p, b_dp = _probabilities(
+        b_q, b_do, b_lse, p_k, p_v, stride_kt, stride_vt, i_n, o_m, b_first, o_d, p_pad, T_kv, shift, scale,
+        CAUSAL, LEFT, MASKED, PRECISION, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    return b_norm + tl.sum(b_p, 1), b_delta + tl.sum(b_p * b_dp, 1)
+
+
+@triton.jit
+def _dq_step(
+    acc, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_kt, stride_vt, i_n, o_m, b_first, o_d, p_pad, T_kv, shift, scale,
+    p_visited, CAUSAL: tl.constexpr, LEFT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    b_k, b_p, b_dp = _probabilities(
+        b_q, b_do, b_lse, p_k, p_v, stride_kt, stride_vt, i_n, o_m, b_first, o_d, p_pad, T_kv, shift, scale,
+        CAUSAL, LEFT, MASKED, PRECISION, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
     b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k.dtype)
     if p_visited is not None:
         tl.atomic_add(p_visited, 1)
@@ -35,7 +65,7 @@ def _dq_step(
 
 @triton.jit
 def flash_attention_dq_kernel(
-    p_q, p_k, p_v, p_out, p_do, p_lse, p_delta, p_dq, p_pad, p_pos, p_visited, T, T_kv, GROUP, scale, window,
+    p_q, p_k, p_v, p_out, p_do, p_lse, p_delta, p_norm, p_dq, p_pad, p_pos, p_visited, T, T_kv, GROUP, scale, window,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot, stride_dob, stride_doh, stride_dot, stride_dqb, stride_dqh, stride_dqt,
     stride_pad, stride_pos,
@@ -48,6 +78,8 @@ def flash_attention_dq_kernel(
     i_hk = i_h // GROUP
     p_lse += (i_b * tl.num_programs(1) + i_h) * T
     p_delta += (i_b * tl.num_programs(1) + i_h) * T
+    if p_norm is not None:
+        p_norm += (i_b * tl.num_programs(1) + i_h) * T
     p_q += i_b * stride_qb + i_h * stride_qh
     p_k += i_b * stride_kb + i_hk * stride_kh
     p_v += i_b * stride_vb + i_hk * stride_vh
@@ -65,11 +97,29 @@ def flash_attention_dq_kernel(
         i_m, o_m, b_first, p_pad, T, T_kv, shift, CAUSAL, LEFT, BLOCK_M, BLOCK_N
     )
     b_do = load_rows(p_do, o_m, stride_dot, o_d, T, True, D, BLOCK_D)
-    b_out = load_rows(p_out, o_m, stride_ot, o_d, T, True, D, BLOCK_D)
-    b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
-    tl.store(p_delta + o_m, b_delta, mask=o_m < T)
     b_lse = tl.load(p_lse + o_m, mask=o_m < T, other=float("inf")) * LOG2E
     b_q = load_rows(p_q, o_m, stride_qt, o_d, T, True, D, BLOCK_D)
+    if p_norm is None:
+        b_out = load_rows(p_out, o_m, stride_ot, o_d, T, True, D, BLOCK_D)
+        b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
+    else:
+        b_norm = tl.zeros([BLOCK_M], dtype=tl.float32)
+        b_delta = tl.zeros([BLOCK_M], dtype=tl.float32)
+        for i_n in range(whole_lo, whole_hi, BLOCK_N):
+            b_norm, b_delta = _norm_step(
+                b_norm, b_delta, b_q, b_do, b_lse, p_k, p_v, stride_kt, stride_vt, i_n, o_m, b_first, o_d, p_pad, T_kv,
+                shift, scale * LOG2E, CAUSAL, LEFT, False, PRECISION, D, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+        for i in range(0, edges):
+            i_n = edge_tile(i, lo, whole_hi, lefts, BLOCK_N)
+            b_norm, b_delta = _norm_step(
+                b_norm, b_delta, b_q, b_do, b_lse, p_k, p_v, stride_kt, stride_vt, i_n, o_m, b_first, o_d, p_pad, T_kv,
+                shift, scale * LOG2E, CAUSAL, LEFT, True, PRECISION, D, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+        b_norm = 1.0 / tl.where(b_norm > 0.0, b_norm, 1.0)
+        b_delta *= b_norm
+        tl.store(p_norm + o_m, b_norm, mask=o_m < T)
+    tl.store(p_delta + o_m, b_delta, mask=o_m < T)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     for i_n in range(whole_lo, whole_hi, BLOCK_N):
         acc = _dq_step(
@@ -82,13 +132,15 @@ def flash_attention_dq_kernel(
             acc, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_kt, stride_vt, i_n, o_m, b_first, o_d, p_pad, T_kv, shift,
             scale * LOG2E, p_visited, CAUSAL, LEFT, True, PRECISION, D, BLOCK_N, BLOCK_D,
         )  # fmt: skip
+    if p_norm is not None:
+        acc *= b_norm[:, None]
     store_rows(p_dq, acc * scale, o_m, stride_dqt, o_d, T, D)
 
 
 @triton.jit
 def _dkdv_step(
-    b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, stride_qt, stride_dot, i_m, o_n, o_d, p_pad, p_pos, T, T_kv, shift,
-    scale, window, p_visited,
+    b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_norm, stride_qt, stride_dot, i_m, o_n, o_d, p_pad, p_pos,
+    T, T_kv, shift, scale, window, p_visited,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, LEFT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -107,6 +159,8 @@ def _dkdv_step(
         b_lse = tl.load(p_lse + o_m) * LOG2E
         b_delta = tl.load(p_delta + o_m)
     b_p = tl.math.exp2(b_s * scale - b_lse[None, :])
+    if p_norm is not None:
+        b_p *= tl.load(p_norm + o_m, mask=o_m < T, other=0.0)[None, :]
     b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
     b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
     b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
@@ -118,7 +172,7 @@ def _dkdv_step(
 
 @triton.jit
 def flash_attention_dkdv_kernel(
-    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_pad, p_pos, p_visited, T, T_kv, GROUP, scale, window,
+    p_q, p_k, p_v, p_do, p_lse, p_delta, p_norm, p_dk, p_dv, p_pad, p_pos, p_visited, T, T_kv, GROUP, scale, window,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_dob, stride_doh, stride_dot, stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
     stride_pad, stride_pos,
@@ -131,6 +185,8 @@ def flash_attention_dkdv_kernel(
     i_h = i_hk * GROUP
     p_lse += (i_b * tl.num_programs(1) * GROUP + i_h) * T
     p_delta += (i_b * tl.num_programs(1) * GROUP + i_h) * T
+    if p_norm is not None:
+        p_norm += (i_b * tl.num_programs(1) * GROUP + i_h) * T
     p_q += i_b * stride_qb + i_h * stride_qh
     p_do += i_b * stride_dob + i_h * stride_doh
     p_k += i_b * stride_kb + i_hk * stride_kh
@@ -153,20 +209,22 @@ def flash_attention_dkdv_kernel(
     for _ in range(0, GROUP):
         for i_m in range(whole_lo, whole_hi, BLOCK_M):
             b_dk, b_dv = _dkdv_step(
-                b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, stride_qt, stride_dot, i_m, o_n, o_d, p_pad, p_pos,
-                T, T_kv, shift, scale * LOG2E, window, p_visited,
+                b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_norm, stride_qt, stride_dot, i_m, o_n, o_d, p_pad,
+                p_pos, T, T_kv, shift, scale * LOG2E, window, p_visited,
                 CAUSAL, WINDOW, LEFT, False, PRECISION, D, BLOCK_M, BLOCK_D,
             )  # fmt: skip
         for i in range(0, edges):
             i_m = edge_tile(i, lo, whole_hi, lefts, BLOCK_M)
             b_dk, b_dv = _dkdv_step(
-                b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, stride_qt, stride_dot, i_m, o_n, o_d, p_pad, p_pos,
-                T, T_kv, shift, scale * LOG2E, window, p_visited,
+                b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_norm, stride_qt, stride_dot, i_m, o_n, o_d, p_pad,
+                p_pos, T, T_kv, shift, scale * LOG2E, window, p_visited,
                 CAUSAL, WINDOW, LEFT, True, PRECISION, D, BLOCK_M, BLOCK_D,
             )  # fmt: skip
         p_q += stride_qh
         p_do += stride_doh
         p_lse += T
         p_delta += T
+        if p_norm is not None:
+            p_norm += T
     store_rows(p_dk, b_dk * scale, o_n, stride_dkt, o_d, T_kv, D)
     store_rows(p_dv, b_dv, o_n, stride_dvt, o_d, T_kv, D)

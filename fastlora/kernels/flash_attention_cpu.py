@@ -72,7 +72,7 @@ def _probabilities(b_q, b_k, hidden, scale):
 
 def fwd(q, k, v, key_padding_mask, position_ids, scale, causal, window):
     """As flash_attention_fwd."""
-    H_kv = k.shape[1]
+    H_kv, k, v = k.shape[1], k.contiguous(), v.contiguous()  # bmm would copy every slice of a transposed view
     out, lse = _like(q), torch.full(q.shape[:3], float("inf"))
     q_, out_, lse_ = _grouped(q, H_kv), _grouped(out, H_kv), lse.unflatten(1, (H_kv, -1))
     for rows, queries, keys, hidden in _slabs(q, k, key_padding_mask, position_ids, causal, window):
@@ -86,7 +86,7 @@ def fwd(q, k, v, key_padding_mask, position_ids, scale, causal, window):
 
 def bwd(dout, q, k, v, out, lse, key_padding_mask, position_ids, scale, causal, window):
     """As flash_attention_bwd."""
-    H_kv = k.shape[1]
+    H_kv, k, v = k.shape[1], k.contiguous(), v.contiguous()
     # Keys gather their gradient from many slabs: in fp32.
     dq, dk, dv = _like(q), _like(k, torch.float32), _like(v, torch.float32)
     q_, do_, dq_ = _grouped(q, H_kv), _grouped(dout, H_kv), _grouped(dq, H_kv)

@@ -157,7 +157,7 @@ def lora_gemm(
         BLOCK_M=t.m,
         BLOCK_N=t.n,
         BLOCK_K=t.k,
-        BLOCK_R=block_r(max(ranks)),
+        BLOCK_R=block_r(max(ranks), t.r),
         num_warps=t.warps,
         num_stages=t.stages,
     )
@@ -173,7 +173,7 @@ def lora_gemm_t(dy: Tensors, w: Tensors, ds: torch.Tensor, a: Tensors, masks: Op
     ranks = tuple(one.shape[0] for one in a)
     dx = dy[0].new_empty(M, K)
     masked = tuple(mask is not None for mask in masks)
-    t = tile("lora_gemm_dropout" if any(masked) else "lora_gemm", dy[0])
+    t = tile("lora_gemm_t_dropout" if any(masked) else "lora_gemm_t", dy[0])
     launch(
         _lora_gemm_t_kernel,
         (cdiv(M, t.m) * cdiv(K, t.n),),
@@ -186,7 +186,7 @@ def lora_gemm_t(dy: Tensors, w: Tensors, ds: torch.Tensor, a: Tensors, masks: Op
         BLOCK_M=t.m,
         BLOCK_N=t.n,
         BLOCK_K=t.k,
-        BLOCK_R=block_r(max(ranks)),
+        BLOCK_R=block_r(max(ranks), t.r),
         num_warps=t.warps,
         num_stages=t.stages,
     )

@@ -20,23 +20,19 @@ _NONE, _RMS_NORM, _SWIGLU = 0, 1, 2
 
 @triton.jit
 def _dot_branches(
-    acc, b_x, o_m, m_m, o_k, m_k, o_r, K, K8, p_a, p_mask,
-    R: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    acc, b_x, b_a, o_m, m_m, o_k, m_k, o_r, K8, p_mask,
+    RANKS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + Σ_g (mask_g ∘ b_x) A_gᵀ, the A_g stacked: column o_r of acc is one row of one A_g."""
-    b_stack = tl.zeros([o_k.shape[0], o_r.shape[0]], dtype=b_x.dtype)
+    """acc + Σ_g (mask_g ∘ b_x) A_gᵀ, the A_gᵀ side by side in b_a."""
     first = 0
-    for g in tl.static_range(len(R)):
-        o_row = (o_r - first)[None, :]
-        m_a = (o_row >= 0) & (o_row < R[g]) & m_k[:, None]
-        b_a = tl.load(p_a[g] + o_row.to(tl.int64) * K + o_k[:, None], mask=m_a, other=0.0).to(b_x.dtype)
+    for g in tl.static_range(len(RANKS)):
         if MASKED[g]:
+            m_g = ((o_r >= first) & (o_r < first + RANKS[g]))[None, :]
             b_kept = tl.where(keep(p_mask[g], o_m, o_k, m_m, m_k, K8), b_x, 0.0).to(b_x.dtype)
-            acc = tl.dot(b_kept, b_a, acc, input_precision=PRECISION)
-        else:
-            b_stack += b_a
-        first += R[g]
-    return tl.dot(b_x, b_stack, acc, input_precision=PRECISION)
+            acc = tl.dot(b_kept, tl.where(m_g, b_a, 0.0).to(b_x.dtype), acc, input_precision=PRECISION)
+            b_a = tl.where(m_g, 0.0, b_a).to(b_x.dtype)
+        first += RANKS[g]
+    return tl.dot(b_x, b_a, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -78,7 +74,9 @@ def _lora_project_kernel(
             if i_r == 0:
                 tl.store(p_n + o_m[:, None] * K + o_k[None, :], b_x, mask=m)
         if R > 0:
-            acc = _dot_branches(acc, b_x, o_m, m_m, o_k, m_k, o_r, K, K8, p_a, p_mask, RANKS, MASKED, PRECISION)
+            m_a = (o_r < R)[None, :] & m_k[:, None]
+            b_a = tl.load(p_a + o_r[None, :].to(tl.int64) * K + o_k[:, None], mask=m_a, other=0.0).to(b_x.dtype)
+            acc = _dot_branches(acc, b_x, b_a, o_m, m_m, o_k, m_k, o_r, K8, p_mask, RANKS, MASKED, PRECISION)
     if R > 0:
         b_scale = tl.zeros([BLOCK_R], dtype=tl.float32)
         first = 0
@@ -117,25 +115,28 @@ def _lora_project_t_kernel(
         first += RANKS[i]
 
 
-def block_r(R: int) -> int:
-    """Columns of s that one program makes: tl.dot needs 16, and 64 keep it within registers."""
-    return min(64, max(16, next_power_of_2(R)))
+def block_r(R: int, most: int) -> int:
+    """Ranks that one tl.dot takes: at least its 16, at most what the tile leaves registers for."""
+    return min(most, max(16, next_power_of_2(R)))
 
 
-def _project(prologue, x, up, weight, eps, n, rstd, a, scale, masks):
+def _project(name, prologue, x, up, weight, eps, n, rstd, a, scale, masks):
     M, K = x.shape
     ranks = tuple(one.shape[0] for one in a)
     R = sum(ranks)
     s = n.new_empty(M, R)
-    t = tile("lora_project", x)
-    br = block_r(R)
+    masked = tuple(mask is not None for mask in masks)
+    t = tile(name + "_dropout" if any(masked) else name, x)
+    br = block_r(R, t.r)
+    # Several A are read as one: stacking them is one small launch, reading them apart would crowd shared memory.
+    stacked = torch.cat(list(a)) if len(a) > 1 else a[0] if a else None
     launch(
         _lora_project_kernel,
         (cdiv(M, t.m), max(1, cdiv(R, br))),
-        *(x, up, weight, n, rstd, s, tuple(a), tuple(masks), tuple(scale), M, K, cdiv(K, 8), eps),
+        *(x, up, weight, n, rstd, s, stacked, tuple(masks), tuple(scale), M, K, cdiv(K, 8), eps),
         R=R,
         RANKS=ranks,
-        MASKED=tuple(mask is not None for mask in masks),
+        MASKED=masked,
         PROLOGUE=prologue,
         PRECISION=dot_precision(n.dtype),
         BLOCK_M=t.m,
@@ -153,7 +154,7 @@ Masks = Sequence[torch.Tensor | None]
 
 def lora_project(x: torch.Tensor, a: Tensors, scale: Sequence[float], masks: Masks) -> torch.Tensor:
     """s (M, ΣR): s_g = scale_g · (mask_g ∘ x) A_gᵀ, accumulated in fp32, in the dtype of x."""
-    return _project(_NONE, x, None, None, 0.0, x, None, a, scale, masks)
+    return _project("lora_project", _NONE, x, None, None, 0.0, x, None, a, scale, masks)
 
 
 def rms_norm_project(
@@ -168,7 +169,7 @@ def rms_norm_project(
     """n (M, K) = rms_norm(x) in dtype, rstd (M,) fp32, and s of n."""
     n = torch.empty_like(x, dtype=dtype)
     rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    return n, rstd, _project(_RMS_NORM, x, None, weight, eps, n, rstd, a, scale, masks)
+    return n, rstd, _project("rms_norm_project", _RMS_NORM, x, None, weight, eps, n, rstd, a, scale, masks)
 
 
 def swiglu_project(
@@ -176,7 +177,7 @@ def swiglu_project(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """h (M, F) = silu(gate) · up, and s of h."""
     h = torch.empty_like(gate)
-    return h, _project(_SWIGLU, gate, up, None, 0.0, h, None, a, scale, masks)
+    return h, _project("swiglu_project", _SWIGLU, gate, up, None, 0.0, h, None, a, scale, masks)
 
 
 def lora_project_t(dy: Tensors, b: Tensors, scale: Sequence[float]) -> torch.Tensor:
@@ -185,8 +186,8 @@ def lora_project_t(dy: Tensors, b: Tensors, scale: Sequence[float]) -> torch.Ten
     ranks = tuple(one.shape[1] for one in b)
     R = sum(ranks)
     ds = dy[0].new_empty(M, R)
-    t = tile("lora_project", dy[0])
-    br = block_r(max(ranks, default=0))
+    t = tile("lora_project_t", dy[0])
+    br = block_r(max(ranks, default=0), t.r)
     launch(
         _lora_project_t_kernel,
         (cdiv(M, t.m), sum(cdiv(rank, br) for rank in ranks)),

@@ -93,8 +93,9 @@ Masks = Sequence[torch.Tensor | None]
 def lora_reduce(ds: torch.Tensor, x: torch.Tensor, ranks: Sequence[int], masks: Masks) -> torch.Tensor:
     """dA_g (R_g, K) = ds_g (M, R_g)ᵀ (mask_g ∘ x (M, K)) for every adapter, flat, fp32."""
     (M, K), R = x.shape, ds.shape[1]
-    t = tile("lora_reduce", x)
-    br = block_r(R)
+    masked = tuple(mask is not None for mask in masks)
+    t = tile("lora_reduce_dropout" if any(masked) else "lora_reduce", x)
+    br = block_r(R, t.r)
     splits, rows = _splits(M, cdiv(K, t.n) * cdiv(R, br), t.m)
     partials = torch.empty((splits, R * K), dtype=torch.float32, device=x.device)
     launch(
@@ -103,7 +104,7 @@ def lora_reduce(ds: torch.Tensor, x: torch.Tensor, ranks: Sequence[int], masks: 
         *(ds, x, tuple(masks), partials, M, K, cdiv(K, 8), rows),
         RANKS=tuple(ranks),
         R=R,
-        MASKED=tuple(mask is not None for mask in masks),
+        MASKED=masked,
         PRECISION=dot_precision(x.dtype),
         BLOCK_M=t.m,
         BLOCK_K=t.n,
@@ -118,8 +119,8 @@ def lora_reduce_t(s: torch.Tensor, dy: Tensors, ranks: Sequence[int]) -> torch.T
     """dB_i (N_i, R_i) = dy_i (M, N_i)ᵀ s_i (M, R_i) for every projection, flat, fp32."""
     M, R = s.shape
     N = tuple(one.shape[1] for one in dy)
-    t = tile("lora_reduce", s)
-    br = block_r(max(ranks, default=0))
+    t = tile("lora_reduce_t", s)
+    br = block_r(max(ranks, default=0), t.r)
     tiles = sum(cdiv(n, t.n) * cdiv(rank, br) for n, rank in zip(N, ranks, strict=True))
     total = sum(n * rank for n, rank in zip(N, ranks, strict=True))
     splits, rows = _splits(M, tiles, t.m)

@@ -15,9 +15,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, factor, ignore_index, summed):
+    def forward(ctx, hidden, weight, labels, factor, ignore_index, summed, grad):
         mantissa, exponent = torch.frexp(factor)
-        need_dh, need_dw = ctx.needs_input_grad[:2]
+        need_dh, need_dw = (grad and needed for needed in ctx.needs_input_grad[:2])
         loss, dh, dw = torch.ops.fastlora.linear_cross_entropy_fwd(
             hidden, weight, labels, mantissa, ignore_index, need_dh, need_dw
         )
@@ -33,7 +33,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale = torch.ldexp(dloss, exponent)
         dhidden = (dh * (scale[:, None] if scale.dim() else scale)).to(dh.dtype) if need_dh else None
         dweight = (dw * scale).to(ctx.weight_dtype) if need_dw else None
-        return dhidden, dweight, None, None, None, None
+        return dhidden, dweight, None, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -82,16 +82,20 @@ def linear_cross_entropy(
         raise ValueError(f"{op}: reduction is {reduction!r}, needs 'mean', 'sum' or 'none'")
     if num_items is not None and reduction != "mean":
         raise ValueError(f"{op}: num_items goes with reduction 'mean', got {reduction!r}")
+    if isinstance(num_items, torch.Tensor):
+        _check.shape(op, "num_items", num_items, (), "a single number")
     if reduction == "none" and weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: weight requires a gradient, needs reduction 'mean' or 'sum', got 'none'")
     factor = torch.ones((), dtype=torch.float32, device=hidden.device)
     if num_items is not None:
-        factor = factor / num_items
+        factor = (factor / num_items).float()
     elif reduction == "mean":
         counted = (labels != ignore_index).sum()
         factor = factor / counted.clamp(min=1)
     rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
-    loss = _LinearCrossEntropy.apply(rows, weight, labels.reshape(-1), factor, ignore_index, reduction != "none")
+    flat = labels.reshape(-1).contiguous()
+    grad = torch.is_grad_enabled()  # autograd asks for gradients under no_grad too
+    loss = _LinearCrossEntropy.apply(rows, weight, flat, factor, ignore_index, reduction != "none", grad)
     if reduction == "none":
         return loss.view(labels.shape)
     if reduction == "mean" and num_items is None:

@@ -138,10 +138,11 @@ def _apply(x, up, norm_weight, residual, eps, carry, projections):
         branches = projection.branches
         scales = [0.0 if one.dropout == 1 else one.scaling / (1 - one.dropout) for one in branches]
         counts.append(len(branches))
-        w.append(projection.weight)
-        bias.append(projection.bias)
+        # The kernels read parameters by row: a strided view is copied.
+        w.append(projection.weight.contiguous())
+        bias.append(None if projection.bias is None else projection.bias.contiguous())
         if len(branches) == 1:
-            b.append(branches[0].b)
+            b.append(branches[0].b.contiguous())
             b_scale.append(scales[0])
         else:
             # Several adapters become one of their ranks together, the scalings folded into B.
@@ -149,7 +150,7 @@ def _apply(x, up, norm_weight, residual, eps, carry, projections):
             b.append(torch.cat(halves, 1) if halves else projection.weight.new_empty(projection.weight.shape[0], 0))
             b_scale.append(1.0)
             scales = [1.0] * len(branches)
-        a += [one.a for one in branches]
+        a += [one.a.contiguous() for one in branches]
         a_scale += scales
         rates += [one.dropout for one in branches]
     # Drawn from torch's generator, so that checkpointing replays the masks.
@@ -234,7 +235,8 @@ def lora_group(
         _check.dtype(op, "x", x, (projections[0].weight.dtype,), "to match the weights")
     residual = _check_residual(op, residual, (*lead, projections[0].weight.shape[0]), len(projections))
     rows = x.reshape(-1, K).contiguous()
-    *y, last = _apply(rows, None, norm_weight, residual, eps, norm_weight is not None, projections)
+    norm = None if norm_weight is None else norm_weight.contiguous()
+    *y, last = _apply(rows, None, norm, residual, eps, norm_weight is not None, projections)
     shapes = [(*lead, one.weight.shape[0]) for one in projections]
     if norm_weight is not None:
         shapes.append(x.shape)

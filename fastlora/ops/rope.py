@@ -50,7 +50,8 @@ def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor)
     _check.shape("rope", "k", k, (B, None, T, D), "to match q in all but the heads")
     _check.dtype("rope", "k", k, (q.dtype,), "to match q")
     for name, table in (("cos", cos), ("sin", sin)):
-        _check.shape("rope", name, table, (B if table.shape[0] != 1 else 1, T, D), "or a first size of 1, to match q")
+        rows = 1 if table.shape[:1] == (1,) else B
+        _check.shape("rope", name, table, (rows, T, D), "or a first size of 1, to match q")
         _check.dtype("rope", name, table, (q.dtype, torch.float32), "to go with q")
     _check.shape("rope", "sin", sin, tuple(cos.shape), "to match cos")
     _check.dtype("rope", "sin", sin, (cos.dtype,), "to match cos")

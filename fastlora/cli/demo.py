@@ -1,0 +1,152 @@
+"""`fastlora demo`: the same small training with and without fastlora, side by side."""
+
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from fastlora.cli.data import Rows, read_rows
+from fastlora.cli.demo_base import SEED, make_base
+from fastlora.cli.errors import CommandError
+from fastlora.cli.report import Curve, loss_differences, plot_comparison
+from fastlora.cli.train import quiet
+
+BASE_STEPS = 200
+BATCH = 8
+FLAGS = ["--rank", "32", "--alpha", "32", "--lr", "5e-3", "--seed", str(SEED)]
+WHOLE = ["--batch-size", str(BATCH), "--grad-accum", "1"]
+# The same rows in the same steps, so the same sums in another order: what float32 itself leaves open.
+HALVES = ["--batch-size", str(BATCH // 2), "--grad-accum", "2"]
+RUNS = {
+    "unpatched": [*WHOLE, "--no-patch"],
+    "unpatched, batch in two halves": [*HALVES, "--no-patch"],
+    "patched": WHOLE,
+}
+
+
+def demo(out: str | None, steps: int, console: Console) -> None:
+    """Make a base model, train it three times, compare the runs, and let the adapter answer a question."""
+    began = time.perf_counter()
+    directory = _directory(out)
+    data = Path(str(files("fastlora.cli") / "data" / "llama2_lora.jsonl"))
+    rows = read_rows(data)
+    base = directory / "base"
+    quiet(bars=False)
+    console.print(f"[1/4] A small Llama with random weights first learns the words of {data.name} ({len(rows.rows)} rows),")
+    console.print("      question and answer apart and in any order. This is outside the comparison.")
+    _make_base(rows, base, console)
+
+    reports = {}
+    for number, (name, flags) in enumerate(RUNS.items()):
+        target = directory / name.replace(", ", "-").replace(" ", "-")
+        run = ["train", "--model", str(base), "--data", str(data), "--out", str(target), "--max-steps", str(steps)]
+        console.print(f"\n[{2 if number < 2 else 3}/4] LoRA, {name}:\n      fastlora {shlex.join([*run, *FLAGS, *flags])}")
+        # A process of its own: peak memory is a figure of the process, and no run profits from an earlier one.
+        if status := subprocess.run([sys.executable, "-m", "fastlora.cli", *run, *FLAGS, *flags]).returncode:
+            raise CommandError(f"the {name} run ended with status {status}; what it wrote is in {target}")
+        reports[name] = json.loads((target / "report.json").read_text(encoding="utf-8"))
+
+    console.print("\n[4/4] The patched run's adapter, loaded into an unpatched and into a patched model")
+    distance, largest, question, answer, wanted = _use_adapter(base, directory / "patched", rows)
+    console.print()
+    console.print(_table(reports), markup=True)
+    unpatched, halves, patched = ((name, report["loss"]) for name, report in reports.items())
+    image = directory / "demo.png"
+    plot_comparison(unpatched, other=patched, noise=halves, path=image)
+    ours, noise = _largest_difference(unpatched, patched), _largest_difference(unpatched, halves)
+    console.print(f"\nLargest difference of the loss at a step, patched and unpatched: {ours:.1e}")
+    console.print(f"  two unpatched runs that differ in nothing but summation order: {noise:.1e}")
+    console.print(f"Largest difference of a logit, one adapter in both models:       {distance:.1e}, of {largest:.1f}")
+    console.print(f"\nQuestion   {question}\nAnswer     {answer}\nIn the set {wanted}")
+    console.print(f"\nLoss curves: {image}\nEverything else: {directory}   ({time.perf_counter() - began:.0f} s)")
+
+
+def _directory(out: str | None) -> Path:
+    if out is None:
+        return Path(tempfile.mkdtemp(prefix="fastlora-demo-"))
+    path = Path(out)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise CommandError(f"--out {path} is not an empty directory; choose another one")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _make_base(rows: Rows, path: Path, console: Console) -> None:
+    texts = [message["content"] for row in rows.rows for message in row["messages"]]
+    columns = (BarColumn(), TextColumn("step {task.completed}/{task.total}  {task.fields[note]}"))
+    last = 0.0
+    with Progress("     ", *columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=BASE_STEPS, note="")
+
+        def on_step(step: int, loss: float) -> None:
+            nonlocal last
+            last = loss
+            bar.update(task, completed=step, note=f"loss {loss:.3f}")
+
+        make_base(texts, BASE_STEPS, path, on_step)
+    console.print(f"      {BASE_STEPS} steps, all weights, loss {last:.3f}")
+
+
+def _largest_difference(reference: tuple[str, Curve], other: tuple[str, Curve]) -> float:
+    return max(abs(distance) for _, distance in loss_differences(reference[1], other[1]))
+
+
+def _table(reports: dict[str, dict[str, Any]]) -> Table:
+    """The unpatched and the patched run side by side."""
+    before, after = reports["unpatched"], reports["patched"]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, side in (("", "left"), ("unpatched", "right"), ("patched", "right"), ("", "right")):
+        table.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
+
+    def row(name: str, pick: Any, form: str, scale: float = 1) -> None:
+        left, right = pick(before) / scale, pick(after) / scale
+        table.add_row(name, format(left, form), format(right, form), f"× {right / left:.2f}" if left else "")
+
+    steps = before["steps"]
+    table.add_row(f"loss at step {steps}", *(f"{r['loss'][-1]['loss']:.6f}" for r in (before, after)), "")
+    row("tokens/s", lambda r: r["tokens_per_second"], ",.0f")
+    row("saved for backward, KiB per token", lambda r: r["saved_for_backward"]["bytes_per_token"], ",.1f", 2**10)
+    row("peak resident memory of the process, MiB", lambda r: r["peak_memory"]["bytes"], ",.0f", 2**20)
+    row(
+        "  of it grown while training, MiB",
+        lambda r: r["peak_memory"]["bytes"] - r["peak_memory"]["at_start"],
+        ",.0f",
+        2**20,
+    )
+    return table
+
+
+def _use_adapter(base: Path, adapter: Path, rows: Rows) -> tuple[float, float, str, str, str]:
+    """(largest logit difference, largest logit, question, the unpatched model's answer, the set's answer)."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import fastlora
+
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer.pad_token = tokenizer.eos_token
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).to(device).eval()
+    chats = [row["messages"] for row in rows.rows[:BATCH]]
+    batch = tokenizer.apply_chat_template(chats, return_dict=True, return_tensors="pt", padding=True).to(device)
+    with torch.no_grad():
+        plain = model(**batch).logits
+        with fastlora.patched(model):
+            ours = model(**batch).logits
+        real = batch["attention_mask"].bool()
+        prompt = chats[0][:-1]
+        asked = tokenizer.apply_chat_template(prompt, return_dict=True, return_tensors="pt").to(device)
+        said = model.generate(**asked, max_new_tokens=96, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    answer = tokenizer.decode(said[0, asked["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    distance = (plain - ours)[real].abs().max().item()
+    return distance, plain[real].abs().max().item(), prompt[-1]["content"], answer, chats[0][-1]["content"]

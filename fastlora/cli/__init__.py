@@ -4,7 +4,7 @@ import os
 import sys
 from importlib.util import find_spec
 
-from fastlora.cli.errors import CommandError
+from .errors import CommandError
 
 TRAIN_EXTRA = ("typer", "rich", "trl", "datasets", "matplotlib")
 
@@ -17,7 +17,7 @@ def main() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    from fastlora.cli.app import app
+    from .app import app
 
     try:
         app()

@@ -1,3 +1,3 @@
-from fastlora.cli import main
+from . import main
 
 main()

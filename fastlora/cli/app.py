@@ -2,12 +2,13 @@
 
 import sys
 from enum import Enum
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
 import fastlora
-from fastlora.cli.settings import Settings
+
+from .settings import Settings
 
 app = typer.Typer(
     help="LoRA fine-tuning of Llama 2 models with fused kernels. Adapters are plain PEFT files.",
@@ -57,24 +58,26 @@ def train(
     data: Annotated[str, typer.Option(help="JSON lines, all of one kind: messages, prompt + completion, or text.")],
     out: Annotated[str, typer.Option(help="Directory for adapter, checkpoints, loss.png and report.json.")],
     rank: Annotated[int, typer.Option(min=1, help="LoRA rank.")] = DEFAULT.rank,
-    alpha: Annotated[float, typer.Option(help="LoRA alpha; the update is scaled by alpha / rank.")] = DEFAULT.alpha,
+    alpha: Annotated[int, typer.Option(min=1, help="LoRA alpha; the update is scaled by alpha / rank.")] = DEFAULT.alpha,
     dropout: Annotated[float, typer.Option(min=0, max=0.99, help="LoRA dropout.")] = DEFAULT.dropout,
     targets: Annotated[str, typer.Option(help="all-linear, or module names: q_proj,v_proj.")] = DEFAULT.targets,
     lr: Annotated[float, typer.Option(min=0, help="Peak learning rate; falls linearly to 0.")] = DEFAULT.lr,
     epochs: Annotated[float, typer.Option(min=0, help="Passes over the data.")] = DEFAULT.epochs,
     max_steps: Annotated[
-        Optional[int], typer.Option(min=1, help="Stop after this many steps, whatever --epochs says.")
+        int | None, typer.Option(min=1, help="Stop after this many steps, whatever --epochs says.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward.")] = DEFAULT.batch_size,
     grad_accum: Annotated[int, typer.Option(min=1, help="Forwards per optimizer step.")] = DEFAULT.grad_accum,
     max_length: Annotated[
-        Optional[int],
-        typer.Option(min=2, help="Tokens per sequence; longer rows are cut.  [default: the model's context, at most 4096]"),
+        int | None,
+        typer.Option(min=2, help="Tokens per sequence; the rest is cut.  [default: the model's context, at most 4096]"),
     ] = None,
     packing: Annotated[bool, typer.Option(help="Put several rows into one sequence.")] = DEFAULT.packing,
     answers_only: Annotated[
-        Optional[bool],
-        typer.Option("--completion-only/--full-loss", help="Learn answers and completions only, or every token.  [default: completion-only]"),
+        bool | None,
+        typer.Option(
+            "--completion-only/--full-loss", help="Learn only the answers, or every token.  [default: completion-only]"
+        ),
     ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="Recompute layers in backward: less memory, slower.")
@@ -91,7 +94,8 @@ def train(
 
     Ctrl-C (or SIGTERM) saves a checkpoint; --resume goes on from it on the same loss curve.
     """
-    from fastlora.cli.train import Interrupted, train as run
+    from .train import Interrupted
+    from .train import train as run
 
     settings = Settings(
         model=model, data=data, out=out, rank=rank, alpha=alpha, dropout=dropout, targets=targets, lr=lr,
@@ -107,11 +111,13 @@ def train(
 
 @app.command()
 def demo(
-    out: Annotated[Optional[str], typer.Option(help="Directory for everything made.  [default: a new temporary one]")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Empty directory for the results.  [default: a temporary one]")
+    ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Training steps of each run.")] = 60,
 ) -> None:
     """Train a small Llama with and without fastlora and compare. No download, no GPU, about three minutes."""
-    from fastlora.cli.demo import demo as run
+    from .demo import demo as run
 
     run(out, steps, _console())
 
@@ -120,10 +126,10 @@ def demo(
 def explain(
     model: Annotated[str, typer.Option(help="A model directory or a Hugging Face id.")],
     adapter: Annotated[
-        Optional[str], typer.Option(help="A PEFT adapter directory.  [default: a new adapter, as train makes it]")
+        str | None, typer.Option(help="A PEFT adapter directory.  [default: a new adapter, as train makes it]")
     ] = None,
 ) -> None:
     """Say for every module what runs fused, what is left alone, and why. Trains nothing."""
-    from fastlora.cli.explain import explain as run
+    from .explain import explain as run
 
     run(model, adapter, _console())

@@ -3,7 +3,7 @@
 from importlib.resources import files
 from typing import Any
 
-from fastlora.cli.errors import CommandError, first_line
+from .errors import CommandError, first_line
 
 _PROBES = (
     [

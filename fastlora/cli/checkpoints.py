@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastlora.cli.files import flush
+from .files import flush
 
 KEPT = 2
 _UNFINISHED = ".unfinished"

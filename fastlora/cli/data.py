@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastlora.cli.errors import CommandError
+from .errors import CommandError
 
 KINDS = 'a "messages" list, "prompt" and "completion" strings, or a "text" string'
 

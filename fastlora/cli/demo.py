@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from fastlora.cli.data import Rows, read_rows
-from fastlora.cli.demo_base import SEED, make_base
-from fastlora.cli.errors import CommandError
-from fastlora.cli.report import Curve, loss_differences, plot_comparison
-from fastlora.cli.train import quiet
+from .data import Rows, read_rows
+from .demo_base import SEED, make_base
+from .errors import CommandError
+from .report import Curve, loss_differences, plot_comparison
+from .train import quiet
 
 BASE_STEPS = 200
 BATCH = 8
@@ -41,21 +41,23 @@ def demo(out: str | None, steps: int, console: Console) -> None:
     rows = read_rows(data)
     base = directory / "base"
     quiet(bars=False)
-    console.print(f"[1/4] A small Llama with random weights first learns the words of {data.name} ({len(rows.rows)} rows),")
-    console.print("      question and answer apart and in any order. This is outside the comparison.")
+    console.print(
+        f"[1/5] A small Llama with random weights first learns the words of {data.name}, {len(rows.rows)} rows:"
+    )
+    console.print("      questions and answers apart, in any order. This is outside the comparison.")
     _make_base(rows, base, console)
 
     reports = {}
-    for number, (name, flags) in enumerate(RUNS.items()):
+    for number, (name, flags) in enumerate(RUNS.items(), start=2):
         target = directory / name.replace(", ", "-").replace(" ", "-")
         run = ["train", "--model", str(base), "--data", str(data), "--out", str(target), "--max-steps", str(steps)]
-        console.print(f"\n[{2 if number < 2 else 3}/4] LoRA, {name}:\n      fastlora {shlex.join([*run, *FLAGS, *flags])}")
+        console.print(f"\n[{number}/5] LoRA, {name}:\n      fastlora {shlex.join([*run, *FLAGS, *flags])}")
         # A process of its own: peak memory is a figure of the process, and no run profits from an earlier one.
         if status := subprocess.run([sys.executable, "-m", "fastlora.cli", *run, *FLAGS, *flags]).returncode:
             raise CommandError(f"the {name} run ended with status {status}; what it wrote is in {target}")
         reports[name] = json.loads((target / "report.json").read_text(encoding="utf-8"))
 
-    console.print("\n[4/4] The patched run's adapter, loaded into an unpatched and into a patched model")
+    console.print("\n[5/5] The patched run's adapter, loaded into an unpatched and into a patched model")
     distance, largest, question, answer, wanted = _use_adapter(base, directory / "patched", rows)
     console.print()
     console.print(_table(reports), markup=True)
@@ -133,7 +135,7 @@ def _use_adapter(base: Path, adapter: Path, rows: Rows) -> tuple[float, float, s
 
     import fastlora
 
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer: Any = AutoTokenizer.from_pretrained(adapter)
     tokenizer.pad_token = tokenizer.eos_token
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).to(device).eval()

@@ -8,7 +8,7 @@ from typing import Any
 SEED = 0
 VOCABULARY = 2048
 LENGTH = 128
-BATCH = 16
+BATCH = 8
 
 
 def make_tokenizer(texts: Sequence[str]) -> Any:

@@ -2,10 +2,10 @@
 
 from rich.console import Console
 
-from fastlora.cli.errors import CommandError, first_line
-from fastlora.cli.models import load_model
-from fastlora.cli.settings import Settings
-from fastlora.cli.train import add_lora, quiet
+from .errors import CommandError, first_line
+from .models import load_model
+from .settings import Settings
+from .train import add_lora, quiet
 
 
 def explain(model: str, adapter: str | None, console: Console) -> None:

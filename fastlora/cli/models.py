@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastlora.cli.errors import CommandError, first_line
+from .errors import CommandError, first_line
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -45,7 +45,7 @@ def load_model(name: str, dtype: str) -> Any:
 
 
 def resolve_dtype(dtype: str, config: Any) -> Any:
-    """The torch dtype for `--dtype`. auto: bfloat16 on a GPU that has it; on a CPU, bfloat16 if the model is stored so."""
+    """The torch dtype for `--dtype`. auto: bfloat16 on a GPU that has it, on a CPU where the model is stored so."""
     import torch
 
     cuda = torch.cuda.is_available()

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from fastlora.cli.measure import Speed
+from .measure import Speed
 
 
 class ShowProgress(TrainerCallback):
@@ -24,7 +24,7 @@ class ShowProgress(TrainerCallback):
         self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
         self._bar.start()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Show the step just logged."""
         if "loss" not in logs:
             return

@@ -6,7 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import fastlora
-from fastlora.cli.files import whole_file
+
+from .files import whole_file
 
 Curve = Sequence[Mapping[str, float]]
 
@@ -39,7 +40,9 @@ def plot_loss(curve: Curve, path: Path) -> None:
     _save(figure, path)
 
 
-def plot_comparison(reference: tuple[str, Curve], other: tuple[str, Curve], noise: tuple[str, Curve], path: Path) -> None:
+def plot_comparison(
+    reference: tuple[str, Curve], other: tuple[str, Curve], noise: tuple[str, Curve], path: Path
+) -> None:
     """Two loss curves in one panel; below, the distance of `other` and of `noise` from `reference` at every step."""
     figure, (above, below) = _figure([3, 1.3])
     _draw(above, reference[1], reference[0], linewidth=3, alpha=0.45)

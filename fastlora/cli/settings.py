@@ -11,7 +11,7 @@ class Settings:
     data: str
     out: str
     rank: int = 16
-    alpha: float = 32
+    alpha: int = 32
     dropout: float = 0.0
     targets: str = "all-linear"
     lr: float = 2e-4

@@ -13,11 +13,12 @@ from typing import Any
 from rich.console import Console
 
 import fastlora
-from fastlora.cli import checkpoints
-from fastlora.cli.data import Rows, read_rows
-from fastlora.cli.errors import CommandError, first_line
-from fastlora.cli.files import write_json
-from fastlora.cli.settings import Settings
+
+from . import checkpoints
+from .data import Rows, read_rows
+from .errors import CommandError, first_line
+from .files import write_json
+from .settings import Settings
 
 CONTEXT = 4096
 RUN_FILE = "run.json"
@@ -44,7 +45,7 @@ def train(settings: Settings, resume: bool, argv: Sequence[str], console: Consol
     quiet()
 
     trainer, stop, speed, progress = _build(settings, rows, answers_only, console)
-    from fastlora.cli.measure import PeakMemory
+    from .measure import PeakMemory
 
     memory = PeakMemory()
     try:
@@ -59,7 +60,7 @@ def train(settings: Settings, resume: bool, argv: Sequence[str], console: Consol
         console.print(f"  fastlora {again}")
         raise Interrupted(stop.signum)
 
-    from fastlora.cli.report import loss_curve, plot_loss, versions
+    from .report import loss_curve, plot_loss, versions
 
     report = {
         "device": str(trainer.args.device),
@@ -86,7 +87,9 @@ def train(settings: Settings, resume: bool, argv: Sequence[str], console: Consol
 def _answers_only(settings: Settings, rows: Rows) -> bool:
     if rows.kind == "text":
         if settings.answers_only:
-            raise CommandError(f'--completion-only needs messages or prompt and completion; {settings.data} holds "text"')
+            raise CommandError(
+                f'--completion-only needs messages or prompt and completion; {settings.data} holds "text"'
+            )
         return False
     return settings.answers_only is not False
 
@@ -132,11 +135,11 @@ def _build(settings: Settings, rows: Rows, answers_only: bool, console: Console)
     from datasets import Dataset
     from transformers import PrinterCallback
 
-    from fastlora.cli.chat import training_template
-    from fastlora.cli.measure import Speed
-    from fastlora.cli.models import load_model, load_tokenizer, one_device
-    from fastlora.cli.progress import ShowProgress
-    from fastlora.cli.trainer import LoRATrainer, Measure, StopOnSignal
+    from .chat import training_template
+    from .measure import Speed
+    from .models import load_model, load_tokenizer, one_device
+    from .progress import ShowProgress
+    from .trainer import LoRATrainer, Measure, StopOnSignal
 
     device = one_device()
     tokenizer = load_tokenizer(settings.model)
@@ -149,7 +152,7 @@ def _build(settings: Settings, rows: Rows, answers_only: bool, console: Console)
     stop, speed = StopOnSignal(), Speed()
     progress = ShowProgress(console, speed)
     try:
-        trainer = LoRATrainer(
+        trainer: Any = LoRATrainer(
             model=model,
             args=_arguments(settings, rows, answers_only, model),
             train_dataset=Dataset.from_list(rows.rows),
@@ -161,7 +164,9 @@ def _build(settings: Settings, rows: Rows, answers_only: bool, console: Console)
     trainer.remove_callback(PrinterCallback)
     trainer.speed = speed
     if not len(trainer.train_dataset):
-        raise CommandError(f"no row of {settings.data} has a token to learn within --max-length {trainer.args.max_length}")
+        raise CommandError(
+            f"no row of {settings.data} has a token to learn within --max-length {trainer.args.max_length}"
+        )
     _announce(settings, rows, trainer, device, console)
     return trainer, stop, speed, progress
 
@@ -243,13 +248,13 @@ def _announce(settings: Settings, rows: Rows, trainer: Any, device: str, console
         return
     plan = fastlora.explain(trainer.model)
     console.print(f"patched: {len(plan.rows) - len(plan.unfused)} of {len(plan.rows)} modules are fused")
-    for why in sorted({row.why for row in plan.unfused}):
+    for why in sorted({str(row.why) for row in plan.unfused}):
         console.print(f"  not fused: {why}")
 
 
 def _finish(settings: Settings, trainer: Any, report: dict[str, Any], plot_loss: Any, console: Console) -> None:
     out = Path(settings.out)
-    if not report["loss"] or report["resumed_from_step"] == report["steps"] and (out / "report.json").exists():
+    if not report["loss"] or (report["resumed_from_step"] == report["steps"] and (out / "report.json").exists()):
         console.print(f"The run in {out} is already complete: step {report['steps']}")
         return
     # The report comes last: where it is, everything is.

@@ -9,8 +9,8 @@ from typing import Any
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from fastlora.cli.checkpoints import staged
-from fastlora.cli.measure import SavedBytes, Speed
+from .checkpoints import staged
+from .measure import SavedBytes, Speed
 
 
 class LoRATrainer(SFTTrainer):
@@ -25,7 +25,7 @@ class LoRATrainer(SFTTrainer):
         return str(self._staging or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        out = Path(self.args.output_dir)
+        out = Path(str(self.args.output_dir))
         with self.speed.pause(), staged(out, f"checkpoint-{self.state.global_step}") as self._staging:
             # Not SFTTrainer's own: that one adds a model card of TRL to the run.
             super(SFTTrainer, self)._save_checkpoint(model, trial)
@@ -79,7 +79,7 @@ class Measure(TrainerCallback):
     def __init__(self, speed: Speed) -> None:
         self.speed = speed
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """A step has been logged."""
         if "loss" in logs:
             self.speed.step(int(logs["num_tokens"]))

@@ -93,7 +93,7 @@ def flash_attention_dq_kernel(
     o_m, o_d = i_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     shift = T_kv - T
     b_first = first_key(o_m, p_pos, T, shift, window, WINDOW) if LEFT else o_m
-    lo, whole_lo, whole_hi, lefts, edges = key_tiles(
+    lo, lefts, wholes, edges = key_tiles(
         i_m, o_m, b_first, p_pad, T, T_kv, shift, CAUSAL, LEFT, BLOCK_M, BLOCK_N
     )
     b_do = load_rows(p_do, o_m, stride_dot, o_d, T, True, D, BLOCK_D)
@@ -105,13 +105,14 @@ def flash_attention_dq_kernel(
     else:
         b_norm = tl.zeros([BLOCK_M], dtype=tl.float32)
         b_delta = tl.zeros([BLOCK_M], dtype=tl.float32)
-        for i_n in range(whole_lo, whole_hi, BLOCK_N):
+        for i in range(0, wholes):
+            i_n = lo + (lefts + i) * BLOCK_N
             b_norm, b_delta = _norm_step(
                 b_norm, b_delta, b_q, b_do, b_lse, p_k, p_v, stride_kt, stride_vt, i_n, o_m, b_first, o_d, p_pad, T_kv,
                 shift, scale * LOG2E, CAUSAL, LEFT, False, PRECISION, D, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-        for i in range(0, edges):
-            i_n = edge_tile(i, lo, whole_hi, lefts, BLOCK_N)
+        for i in tl.range(0, edges, num_stages=1):
+            i_n = edge_tile(i, lo, lefts, wholes, BLOCK_N)
             b_norm, b_delta = _norm_step(
                 b_norm, b_delta, b_q, b_do, b_lse, p_k, p_v, stride_kt, stride_vt, i_n, o_m, b_first, o_d, p_pad, T_kv,
                 shift, scale * LOG2E, CAUSAL, LEFT, True, PRECISION, D, BLOCK_N, BLOCK_D,
@@ -121,13 +122,14 @@ def flash_attention_dq_kernel(
         tl.store(p_norm + o_m, b_norm, mask=o_m < T)
     tl.store(p_delta + o_m, b_delta, mask=o_m < T)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    for i_n in range(whole_lo, whole_hi, BLOCK_N):
+    for i in range(0, wholes):
+        i_n = lo + (lefts + i) * BLOCK_N
         acc = _dq_step(
             acc, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_kt, stride_vt, i_n, o_m, b_first, o_d, p_pad, T_kv, shift,
             scale * LOG2E, p_visited, CAUSAL, LEFT, False, PRECISION, D, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-    for i in range(0, edges):
-        i_n = edge_tile(i, lo, whole_hi, lefts, BLOCK_N)
+    for i in tl.range(0, edges, num_stages=1):
+        i_n = edge_tile(i, lo, lefts, wholes, BLOCK_N)
         acc = _dq_step(
             acc, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_kt, stride_vt, i_n, o_m, b_first, o_d, p_pad, T_kv, shift,
             scale * LOG2E, p_visited, CAUSAL, LEFT, True, PRECISION, D, BLOCK_N, BLOCK_D,
@@ -139,7 +141,7 @@ def flash_attention_dq_kernel(
 
 @triton.jit
 def _dkdv_step(
-    b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_norm, stride_qt, stride_dot, i_m, o_n, o_d, p_pad, p_pos,
+    b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_norm, stride_qt, stride_dot, i_m, o_n, o_d, p_pos,
     T, T_kv, shift, scale, window, p_visited,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, LEFT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -153,7 +155,7 @@ def _dkdv_step(
         b_lse = tl.load(p_lse + o_m, mask=o_m < T, other=float("inf")) * LOG2E
         b_delta = tl.load(p_delta + o_m, mask=o_m < T, other=0.0)
         b_first = first_key(o_m, p_pos, T, shift, window, WINDOW) if LEFT else o_m
-        m = visible(o_m[None, :], o_n[:, None], b_first[None, :], p_pad, T_kv, shift, CAUSAL, LEFT)
+        m = visible(o_m[None, :], o_n[:, None], b_first[None, :], None, T_kv, shift, CAUSAL, LEFT)
         b_s = tl.where(m, b_s, float("-inf"))
     else:
         b_lse = tl.load(p_lse + o_m) * LOG2E
@@ -193,31 +195,33 @@ def flash_attention_dkdv_kernel(
     p_v += i_b * stride_vb + i_hk * stride_vh
     p_dk += i_b * stride_dkb + i_hk * stride_dkh
     p_dv += i_b * stride_dvb + i_hk * stride_dvh
-    if p_pad is not None:
-        p_pad += i_b * stride_pad
     if p_pos is not None:
         p_pos += i_b * stride_pos
     o_n, o_d = i_n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     shift = T_kv - T
-    lo, whole_lo, whole_hi, lefts, edges = query_tiles(
-        i_n, o_n, p_pos, p_pad, T, T_kv, shift, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
+    b_real = o_n < T_kv
+    if p_pad is not None:
+        b_real = tl.load(p_pad + i_b * stride_pad + o_n, mask=b_real, other=0) != 0
+    lo, lefts, wholes, edges = query_tiles(
+        i_n, b_real, p_pos, T, T_kv, shift, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
     )
     b_k = load_rows(p_k, o_n, stride_kt, o_d, T_kv, True, D, BLOCK_D)
     b_v = load_rows(p_v, o_n, stride_vt, o_d, T_kv, True, D, BLOCK_D)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     for _ in range(0, GROUP):
-        for i_m in range(whole_lo, whole_hi, BLOCK_M):
+        for i in range(0, wholes):
+            i_m = lo + (lefts + i) * BLOCK_M
             b_dk, b_dv = _dkdv_step(
-                b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_norm, stride_qt, stride_dot, i_m, o_n, o_d, p_pad,
-                p_pos, T, T_kv, shift, scale * LOG2E, window, p_visited,
+                b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_norm, stride_qt, stride_dot, i_m, o_n, o_d, p_pos,
+                T, T_kv, shift, scale * LOG2E, window, p_visited,
                 CAUSAL, WINDOW, LEFT, False, PRECISION, D, BLOCK_M, BLOCK_D,
             )  # fmt: skip
-        for i in range(0, edges):
-            i_m = edge_tile(i, lo, whole_hi, lefts, BLOCK_M)
+        for i in tl.range(0, edges, num_stages=1):
+            i_m = edge_tile(i, lo, lefts, wholes, BLOCK_M)
             b_dk, b_dv = _dkdv_step(
-                b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_norm, stride_qt, stride_dot, i_m, o_n, o_d, p_pad,
-                p_pos, T, T_kv, shift, scale * LOG2E, window, p_visited,
+                b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_norm, stride_qt, stride_dot, i_m, o_n, o_d, p_pos,
+                T, T_kv, shift, scale * LOG2E, window, p_visited,
                 CAUSAL, WINDOW, LEFT, True, PRECISION, D, BLOCK_M, BLOCK_D,
             )  # fmt: skip
         p_q += stride_qh
@@ -226,5 +230,9 @@ def flash_attention_dkdv_kernel(
         p_delta += T
         if p_norm is not None:
             p_norm += T
+    if p_pad is not None:
+        # What a padded key gathered stayed in its own row.
+        b_dk = tl.where(b_real[:, None], b_dk, 0.0)
+        b_dv = tl.where(b_real[:, None], b_dv, 0.0)
     store_rows(p_dk, b_dk * scale, o_n, stride_dkt, o_d, T_kv, D)
     store_rows(p_dv, b_dv, o_n, stride_dvt, o_d, T_kv, D)

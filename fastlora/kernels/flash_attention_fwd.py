@@ -47,11 +47,9 @@ def flash_attention_fwd_kernel(
     i_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     i_h, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     i_hk = i_h // GROUP
-    p_lse += (i_b * tl.num_programs(1) + i_h) * T
     p_q += i_b * stride_qb + i_h * stride_qh
     p_k += i_b * stride_kb + i_hk * stride_kh
     p_v += i_b * stride_vb + i_hk * stride_vh
-    p_out += i_b * stride_ob + i_h * stride_oh
     if p_pad is not None:
         p_pad += i_b * stride_pad
     if p_pos is not None:
@@ -59,7 +57,7 @@ def flash_attention_fwd_kernel(
     o_m, o_d = i_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     shift = T_kv - T
     b_first = first_key(o_m, p_pos, T, shift, window, WINDOW) if LEFT else o_m
-    lo, whole_lo, whole_hi, lefts, edges = key_tiles(
+    lo, lefts, wholes, edges = key_tiles(
         i_m, o_m, b_first, p_pad, T, T_kv, shift, CAUSAL, LEFT, BLOCK_M, BLOCK_N
     )
     scale *= LOG2E
@@ -67,17 +65,20 @@ def flash_attention_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     b_l = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_max = tl.full([BLOCK_M], _LOWEST, dtype=tl.float32)
-    for i_n in range(whole_lo, whole_hi, BLOCK_N):
+    for i in range(0, wholes):
+        i_n = lo + (lefts + i) * BLOCK_N
         acc, b_l, b_max = _step(
             acc, b_l, b_max, b_q, p_k, p_v, stride_kt, stride_vt, i_n, o_m, b_first, o_d, p_pad, T_kv, shift, scale,
             p_visited, CAUSAL, LEFT, False, PRECISION, D, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-    for i in range(0, edges):
-        i_n = edge_tile(i, lo, whole_hi, lefts, BLOCK_N)
+    for i in tl.range(0, edges, num_stages=1):
+        i_n = edge_tile(i, lo, lefts, wholes, BLOCK_N)
         acc, b_l, b_max = _step(
             acc, b_l, b_max, b_q, p_k, p_v, stride_kt, stride_vt, i_n, o_m, b_first, o_d, p_pad, T_kv, shift, scale,
             p_visited, CAUSAL, LEFT, True, PRECISION, D, BLOCK_N, BLOCK_D,
         )  # fmt: skip
+    p_lse += (i_b * tl.num_programs(1) + i_h) * T
+    p_out += i_b * stride_ob + i_h * stride_oh
     empty = b_l == 0.0
     store_rows(p_out, acc / tl.where(empty, 1.0, b_l)[:, None], o_m, stride_ot, o_d, T, D)
     # +inf makes every probability of an empty row 0 in the backward.

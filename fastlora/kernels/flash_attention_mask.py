@@ -55,31 +55,33 @@ def first_key(o_m, p_pos, T, shift, window, WINDOW: tl.constexpr):
 @triton.jit
 def visible(o_m, o_n, b_first, p_pad, T_kv, shift, CAUSAL: tl.constexpr, LEFT: tl.constexpr):
     """True where query o_m sees key o_n; o_m and b_first broadcast against o_n. Rows past T are left undefined."""
+    if p_pad is not None:  # a padded key lies past every query
+        o_n = tl.where(tl.load(p_pad + o_n, mask=o_n < T_kv, other=0) != 0, o_n, 0x7FFFFFFF)
     m = o_n <= o_m + shift if CAUSAL else o_n < T_kv
     if LEFT:
         m = m & (o_n >= b_first)
-    if p_pad is not None:
-        m = m & (tl.load(p_pad + o_n, mask=o_n < T_kv, other=0) != 0)
     return m
 
 
 @triton.jit
 def _tiles(lo, whole_lo, whole_hi, hi, BLOCK: tl.constexpr):
-    """Tile-aligned bounds: whole tiles are [whole_lo, whole_hi), edges [lo, whole_lo) and [whole_hi, hi)."""
+    """(lo, lefts, wholes, edges) of the tiles from lo on: lefts masked, wholes unmasked, edges − lefts masked.
+
+    Loops count them from 0: a loop that starts at a number read from memory is not pipelined.
+    """
     hi = tl.where(lo < hi, hi, 0)
-    lo = lo // BLOCK * BLOCK
-    end = tl.cdiv(hi, BLOCK) * BLOCK
-    whole_lo = tl.maximum(lo, tl.minimum(tl.cdiv(whole_lo, BLOCK) * BLOCK, end))
-    whole_hi = tl.maximum(whole_lo, whole_hi // BLOCK * BLOCK)
-    lefts = (whole_lo - lo) // BLOCK
-    edges = lefts + tl.maximum(0, tl.cdiv(hi - whole_hi, BLOCK))
-    return lo, whole_lo, whole_hi, lefts, edges
+    lo = lo // BLOCK
+    end = tl.cdiv(hi, BLOCK)
+    whole_lo = tl.maximum(lo, tl.minimum(tl.cdiv(whole_lo, BLOCK), end))
+    whole_hi = tl.maximum(whole_lo, whole_hi // BLOCK)
+    lefts = whole_lo - lo
+    return lo * BLOCK, lefts, whole_hi - whole_lo, lefts + tl.maximum(0, end - whole_hi)
 
 
 @triton.jit
-def edge_tile(i, lo, whole_hi, lefts, BLOCK: tl.constexpr):
+def edge_tile(i, lo, lefts, wholes, BLOCK: tl.constexpr):
     """First index of the i-th masked tile: those left of the whole tiles, then those right of them."""
-    return tl.where(i < lefts, lo + i * BLOCK, whole_hi + (i - lefts) * BLOCK)
+    return lo + tl.where(i < lefts, i, i + wholes) * BLOCK
 
 
 @triton.jit
@@ -115,10 +117,10 @@ def key_tiles(
 
 @triton.jit
 def query_tiles(
-    i_n, o_n, p_pos, p_pad, T, T_kv, shift, window,
+    i_n, b_real, p_pos, T, T_kv, shift, window,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The query tiles that see the BLOCK_N keys from i_n on: see _tiles."""
+    """The query tiles that see any of the BLOCK_N keys from i_n on, b_real of which are real: see _tiles."""
     last = tl.minimum(i_n + BLOCK_N, T_kv) - 1
     lo, whole_lo, whole_hi, hi = 0, 0, T, T
     if CAUSAL:
@@ -137,9 +139,5 @@ def query_tiles(
             b_whole = tl.minimum(b_whole, tl.where((o < T) & (b_first > i_n), o, T))
         hi = tl.minimum(hi, tl.max(b_hi, 0))
         whole_hi = tl.minimum(whole_hi, tl.min(b_whole, 0))
-    if p_pad is not None:
-        b_real = (tl.load(p_pad + o_n, mask=o_n < T_kv, other=0) != 0).to(tl.int32)
-        real = tl.sum(b_real, 0)
-        hi = tl.where(real > 0, hi, 0)
-        whole_hi = tl.where(real == last - i_n + 1, whole_hi, 0)
+    hi = tl.where(tl.max(b_real.to(tl.int32), 0) > 0, hi, 0)
     return _tiles(lo, whole_lo, whole_hi, hi, BLOCK_M)

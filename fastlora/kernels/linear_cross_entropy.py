@@ -29,15 +29,16 @@ def _cross_entropy_rows_kernel(p_logits, p_labels, p_scale, p_loss, V, NEED_GRAD
         b_x = tl.load(p_row + i_v + o_v, mask=i_v + o_v < V, other=float("-inf")).to(tl.float32)
         b_sum += tl.exp(b_x - top)
         b_hit += tl.where(i_v + o_v == label, b_x, 0.0)
-    lse = top + tl.log(tl.sum(b_sum, axis=0))
+    total = tl.sum(b_sum, axis=0)
+    # Not through lse = top + log(total): rounded at the size of a logit, it would scale the whole row.
     # A label outside [0, V) makes the loss NaN: an error on the GPU must be seen, not averaged away.
-    loss = tl.where((label >= 0) & (label < V), lse - tl.sum(b_hit, axis=0), float("nan"))
+    loss = tl.where((label >= 0) & (label < V), tl.log(total) + (top - tl.sum(b_hit, axis=0)), float("nan"))
     tl.store(p_loss + i_m, loss)
     if NEED_GRAD:
         scale = tl.load(p_scale)
         for i_v in range(0, V, BLOCK_V):
             b_x = tl.load(p_row + i_v + o_v, mask=i_v + o_v < V, other=float("-inf")).to(tl.float32)
-            b_d = (tl.exp(b_x - lse) - tl.where(i_v + o_v == label, 1.0, 0.0)) * scale
+            b_d = (tl.exp(b_x - top) / total - tl.where(i_v + o_v == label, 1.0, 0.0)) * scale
             tl.store(p_row + i_v + o_v, b_d.to(p_logits.dtype.element_ty), mask=i_v + o_v < V)
 
 
@@ -61,10 +62,9 @@ def cross_entropy_rows(
 
 def _rows_aten(logits, labels, scale, need_grad):
     x = logits.float()
-    lse = torch.logsumexp(x, -1)
-    loss = lse - x.gather(1, labels[:, None])[:, 0]
+    loss = torch.nn.functional.cross_entropy(x, labels, reduction="none")
     if need_grad:
-        x = x.sub_(lse[:, None]).exp_()
+        x = torch.softmax(x, -1)
         x.scatter_add_(1, labels[:, None], x.new_full((len(labels), 1), -1.0))
         logits.copy_(x.mul_(scale))
     return loss

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama import modeling_llama as hf
 
 from ..ops import linear_cross_entropy, rms_norm, rope, swiglu
-from . import lora
+from . import attention, lora
 from ._fused import Fused, Part, why_not_called, why_not_plain
 from .lazy_logits import LazyLogits
 
@@ -59,8 +59,29 @@ class LlamaMLP(Fused, hf.LlamaMLP):
 class LlamaAttention(Fused, hf.LlamaAttention):
     def parts(self) -> list[Part]:
         rotation = "fastlora rope" if "rope" in self._fastlora.ops else "transformers rope"
-        runs = f"{rotation}; attention: {self.config._attn_implementation} (transformers)"
-        return [Part("", runs, None), *(lora.part(self, n) for n in ("q_proj", "k_proj", "v_proj", "o_proj"))]
+        name = self.config._attn_implementation
+        kernel = f"transformers {name}"
+        if name == attention.NAME:
+            kernel = "fastlora flash_attention, SDPA where nothing is padded or packed"
+        projections = (lora.part(self, n) for n in ("q_proj", "k_proj", "v_proj", "o_proj"))
+        return [Part("", rotation, None), Part("attention", kernel, None), *projections]
+
+    def plug(self) -> None:
+        # One config serves all layers: the first sets it, and takes it back.
+        if "flash_attention" in self._fastlora.ops and self.config._attn_implementation == "sdpa":
+            attention.register()
+            self._fastlora.attention = "sdpa"
+            self.config._attn_implementation = attention.NAME
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._fastlora.attention is not None:
+            attention.register()
+
+    def unplug(self) -> None:
+        if self._fastlora.attention is not None:
+            self.config._attn_implementation = self._fastlora.attention
+            self._fastlora.attention = None
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         q, k, v = lora.group(self, ("q_proj", "k_proj", "v_proj"), hidden_states)
@@ -93,6 +114,8 @@ class LlamaAttention(Fused, hf.LlamaAttention):
             # transformers 4 caches may read the tables; transformers 5 ignores the argument.
             tables = {"sin": sin, "cos": cos, "cache_position": kwargs.get("cache_position")}
             k, v = past_key_values.update(k, v, self.layer_idx, tables)
+            # As transformers: position_ids tell packed sequences apart only where there is no cache.
+            kwargs["position_ids"] = None
         name = self.config._attn_implementation
         attend = hf.eager_attention_forward if name == "eager" else hf.ALL_ATTENTION_FUNCTIONS[name]
         dropout: Any = self.attention_dropout if self.training else 0.0

@@ -16,7 +16,7 @@ from .plan import Plan, Row
 
 Model = TypeVar("Model", bound=nn.Module)
 
-OPS = frozenset({"linear_cross_entropy", "lora_linear", "rms_norm", "rope", "swiglu"})
+OPS = frozenset({"flash_attention", "linear_cross_entropy", "lora_linear", "rms_norm", "rope", "swiglu"})
 
 
 class NotFused(RuntimeError):
@@ -81,29 +81,33 @@ def _instance_forward(module: nn.Module) -> Any:
     return None if getattr(forward, "__func__", None) is type(module).forward else forward
 
 
-def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+def _become(module: nn.Module, cls: type[nn.Module], state: State | None) -> None:
+    if isinstance(module, Fused):
+        module.unplug()
     if "forward" in module.__dict__ and not _instance_forward(module):
         del module.__dict__["forward"]
     module.__class__ = cls
+    module.__dict__.pop("_fastlora", None)
+    if isinstance(module, Fused) and state is not None:
+        module.__dict__["_fastlora"] = state
+        module.plug()
 
 
 def _restore(states: dict[nn.Module, tuple[type, State | None]]) -> None:
     for module, (cls, state) in states.items():
-        _set_class(module, cls)
-        module.__dict__.pop("_fastlora", None)
-        if state is not None:
-            module.__dict__["_fastlora"] = state
+        _become(module, cls, state)
 
 
 def patch(model: Model, ops: Iterable[str] | None = None, strict: bool = False) -> Model:
     """Fuse the Llama modules of ``model`` in place, before or after ``get_peft_model``, and return it.
 
-    Only this model changes, and only the class of its modules: parameters, state_dict, hooks and config stay. What is
-    not plain LoRA keeps its own forward; ``explain(model)`` says what and why. A second call chooses anew.
+    Only this model changes: the class of its modules, and, where attention was SDPA's, the name of the implementation
+    in its config. Parameters, state_dict and hooks stay. What has no fused form keeps its own forward;
+    ``explain(model)`` says what and why. A second call chooses anew.
 
     Args:
         model: a LlamaForCausalLM, or anything that contains one (a PeftModel, a wrapper).
-        ops: which ops to use, among "linear_cross_entropy", "lora_linear", "rms_norm", "rope", "swiglu". Default: all.
+        ops: which ops to use, by name; all by default. See fastlora.patching.engine.OPS.
         strict: raise NotFused, with the model as it was, if anything that could be fused would not be.
 
     Raises:
@@ -119,10 +123,9 @@ def patch(model: Model, ops: Iterable[str] | None = None, strict: bool = False) 
             state = State(frozenset(mine))
             if isinstance(module, Fused):
                 state.calls = module._fastlora.calls
-            _set_class(module, swap.fast)
-            module.__dict__["_fastlora"] = state
+            _become(module, swap.fast, state)
         elif isinstance(module, Fused):
-            _restore({module: (swap.original, None)})
+            _become(module, swap.original, None)
     plan = explain(model)
     if strict and (plan.unfused or not plan.rows):
         _restore(before)

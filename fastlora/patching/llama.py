@@ -18,7 +18,7 @@ def _not_silu(module: Any) -> str | None:
 TABLE = (
     Swap(hf.LlamaRMSNorm, fast.LlamaRMSNorm, ops={"rms_norm"}),
     Swap(hf.LlamaMLP, fast.LlamaMLP, ops={"swiglu", "lora_linear"}, unless=_not_silu),
-    Swap(hf.LlamaAttention, fast.LlamaAttention, ops={"rope", "lora_linear"}),
+    Swap(hf.LlamaAttention, fast.LlamaAttention, ops={"flash_attention", "lora_linear", "rope"}),
     Swap(hf.LlamaDecoderLayer, fast.LlamaDecoderLayer, ops={"rms_norm", "lora_linear"}),
     Swap(hf.LlamaForCausalLM, fast.LlamaForCausalLM, ops={"linear_cross_entropy"}),
 )

@@ -1,0 +1,116 @@
+"""Attention through transformers' attention interface: our kernel where a batch is padded or packed, SDPA elsewhere.
+
+SDPA runs FlashAttention-2 on an A100, which is on record ahead of Triton for plain causal batches; a mask would take it
+off that path, and ours skips what a mask hides. FASTLORA_ATTENTION forces either.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+
+from .. import ops
+from ._fused import Fused, why_not_plain
+
+NAME = "fastlora"
+
+
+def register() -> None:
+    """Add our key to transformers' registries of attention and mask functions; nothing that is there changes."""
+    AttentionInterface.register(NAME, attend)
+    # Without a mask function of its own, transformers drops the padding of an implementation it does not know.
+    AttentionMaskInterface.register(NAME, flash_attention_mask)
+
+
+def attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """query (B, H, T, D), key and value (B, H_kv, T_kv, D), attention_mask None, (B, T_kv)
+    bool or whatever the caller gave.
+
+    Returns (B, T, H, D) and no weights.
+    """
+    positions = None
+    if attention_mask is None and query.shape[2] == key.shape[2]:
+        positions = _packed(kwargs.get("position_ids"), query.shape[0])
+    window = kwargs.get("sliding_window")
+    why = _why_not(query, key, attention_mask, positions, window, dropout)
+    sdpa = why is not None or _chosen_sdpa(query, key, attention_mask, positions, window)
+    if isinstance(module, Fused) and (why or not sdpa):
+        module.count("attention", why)
+    if not sdpa:
+        out = ops.flash_attention(
+            query,
+            key,
+            value,
+            scale=scaling,
+            key_padding_mask=None if attention_mask is None else attention_mask.bool(),
+            position_ids=positions,
+            window=window,
+        )
+        return out.transpose(1, 2), None
+    if attention_mask is None or attention_mask.dim() == 2:
+        attention_mask = _full_mask(query, key, attention_mask, positions, window)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
+
+
+def _packed(position_ids: torch.Tensor | None, batch: int) -> torch.Tensor | None:
+    """position_ids if they hold more than one sequence in a row; asked once per forward, since a GPU must answer."""
+    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[0] != batch:
+        return None
+    packed = getattr(position_ids, "_fastlora_packed", None)
+    if packed is None:
+        packed = bool((position_ids.diff(dim=-1) != 1).any())
+        position_ids._fastlora_packed = packed  # type: ignore[attr-defined]
+    return position_ids if packed else None
+
+
+def _why_not(query, key, mask, positions, window, dropout) -> str | None:
+    if mask is not None and mask.dim() != 2:
+        return "a mask of the caller's own: SDPA"
+    if dropout:
+        return "attention dropout: SDPA"
+    if not 32 <= query.shape[-1] <= 256:
+        return f"head dimension {query.shape[-1]}: SDPA"
+    return why_not_plain(query, key)
+
+
+def _plain(query, key, mask, positions, window) -> bool:
+    """Whether SDPA's own causal flag says all there is to say."""
+    return mask is None and positions is None and window is None and query.shape[2] in (1, key.shape[2])
+
+
+def _chosen_sdpa(query, key, mask, positions, window) -> bool:
+    forced = os.environ.get("FASTLORA_ATTENTION")
+    if forced not in (None, "flash", "sdpa"):
+        raise ValueError(f"FASTLORA_ATTENTION is {forced!r}, needs 'flash' or 'sdpa'")
+    return forced == "sdpa" if forced else _plain(query, key, mask, positions, window)
+
+
+def _full_mask(query, key, padding, positions, window) -> torch.Tensor | None:
+    """The (B, 1, T, T_kv) mask that says the same; None where SDPA's own causal flag does."""
+    T, T_kv = query.shape[2], key.shape[2]
+    if _plain(query, key, padding, positions, window):
+        return None
+    at = torch.arange(T_kv - T, T_kv, device=query.device)[:, None]
+    keys = torch.arange(T_kv, device=query.device)[None, :]
+    seen = (keys <= at)[None]
+    if window is not None:
+        seen = seen & (keys > at - window)
+    if positions is not None:
+        seen = seen & (keys >= at - positions[:, :, None])
+    if padding is not None:
+        seen = seen & padding[:, None, :].bool()
+    return seen[:, None]

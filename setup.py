@@ -1,7 +1,8 @@
 """Builds csrc/, the C++ CPU kernels, where torch and a compiler are at hand. All metadata is in pyproject.toml.
 
 FASTLORA_BUILD_CSRC   0: pure Python. 1: fail where the kernels cannot be built. Unset: build them if possible.
-FASTLORA_SANITIZE     1: address and undefined-behaviour sanitizers (load with LD_PRELOAD="$(gcc -print-file-name=libasan.so)").
+FASTLORA_SANITIZE     1: address and undefined-behaviour sanitizers; run Python with
+                      LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)".
 """
 
 import os

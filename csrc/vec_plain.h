@@ -85,7 +85,7 @@ inline Reg operator+(Reg a, Reg b) { return {a.v + b.v}; }
 inline Reg operator-(Reg a, Reg b) { return {a.v - b.v}; }
 inline Reg operator*(Reg a, Reg b) { return {a.v * b.v}; }
 inline Reg operator/(Reg a, Reg b) { return {a.v / b.v}; }
-#if defined(__FP_FAST_FMAF)
+#if defined(__FP_FAST_FMAF) || defined(__aarch64__)
 inline Reg fma(Reg a, Reg b, Reg c) {
   for (int i = 0; i < 4; ++i) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
   return c;

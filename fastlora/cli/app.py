@@ -58,7 +58,9 @@ def train(
     data: Annotated[str, typer.Option(help="JSON lines, all of one kind: messages, prompt + completion, or text.")],
     out: Annotated[str, typer.Option(help="Directory for adapter, checkpoints, loss.png and report.json.")],
     rank: Annotated[int, typer.Option(min=1, help="LoRA rank.")] = DEFAULT.rank,
-    alpha: Annotated[int, typer.Option(min=1, help="LoRA alpha; the update is scaled by alpha / rank.")] = DEFAULT.alpha,
+    alpha: Annotated[
+        int, typer.Option(min=1, help="LoRA alpha; the update is scaled by alpha / rank.")
+    ] = DEFAULT.alpha,
     dropout: Annotated[float, typer.Option(min=0, max=0.99, help="LoRA dropout.")] = DEFAULT.dropout,
     targets: Annotated[str, typer.Option(help="all-linear, or module names: q_proj,v_proj.")] = DEFAULT.targets,
     lr: Annotated[float, typer.Option(min=0, help="Peak learning rate; falls linearly to 0.")] = DEFAULT.lr,

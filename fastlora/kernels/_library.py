@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-BUILD_COMMAND = "pip install --no-build-isolation --no-deps --force-reinstall fastlora"
+BUILD_COMMAND = "pip install --no-build-isolation --no-cache-dir --no-deps --force-reinstall fastlora"
 
 _EXTENSION = Path(__file__).resolve().parents[1] / "_C.abi3.so"
 _library = torch.library.Library("fastlora", "DEF")

@@ -14,10 +14,13 @@ from .flash_attention_fwd import flash_attention_fwd_kernel
 _DECODE = 16  # queries up to which a small tile serves
 
 
-def _tile(kernel: str, q: torch.Tensor) -> Tile:
-    if kernel == "fwd" and q.shape[2] <= _DECODE:
+def _tile(kernel: str, q: torch.Tensor, padded: bool = False) -> Tile:
+    T, D = q.shape[2:]
+    if kernel == "fwd" and T <= _DECODE:
         return tile("flash_attention_decode", q)
-    return tile(f"flash_attention_{kernel}_d{max(64, next_power_of_2(q.shape[3]))}", q)
+    bucket = max(64, next_power_of_2(D))
+    variant = "_padded" if padded and bucket == 128 and q.dtype != torch.float32 else ""
+    return tile(f"flash_attention_{kernel}_d{bucket}{variant}", q)
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:
@@ -67,7 +70,7 @@ def flash_attention_fwd(
     """
     (B, H, T, _), (H_kv, T_kv) = q.shape, k.shape[1:3]
     out, lse = _like(q), q.new_empty((B, H, T), dtype=torch.float32)
-    t = _tile("fwd", q)
+    t = _tile("fwd", q, padded=key_padding_mask is not None)
     launch(
         flash_attention_fwd_kernel,
         (cdiv(T, t.m), H, B),

@@ -143,17 +143,22 @@ def lora_reduce_t(s: torch.Tensor, dy: Tensors, ranks: Sequence[int]) -> torch.T
 
 def _flat(parts):
     parts = [part.reshape(-1) for part in parts]
-    return (torch.cat(parts) if len(parts) > 1 else parts[0]).float()
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _product(narrow, wide):
+    """narrowᵀ wide, fp32 sums whatever the dtype."""
+    return narrow.float().t() @ wide.float()
 
 
 def _reduce_aten(ds, x, ranks, masks):
     if not any(mask is not None for mask in masks):
-        return (ds.t() @ x).flatten().float()
-    return _flat([dsg.t() @ apply_mask(x, mask) for dsg, mask in zip(ds.split(ranks, 1), masks, strict=True)])
+        return _product(ds, x).flatten()
+    return _flat([_product(dsg, apply_mask(x, mask)) for dsg, mask in zip(ds.split(ranks, 1), masks, strict=True)])
 
 
 def _reduce_t_aten(s, dy, ranks):
-    return _flat([dyi.t() @ si for dyi, si in zip(dy, s.split(ranks, 1), strict=True) if si.shape[1]])
+    return _flat([_product(si, dyi).t() for dyi, si in zip(dy, s.split(ranks, 1), strict=True) if si.shape[1]])
 
 
 def _reduce_t_fake(s, dy, ranks):

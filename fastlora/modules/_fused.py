@@ -94,10 +94,16 @@ def why_not_plain(*tensors: torch.Tensor | None) -> str | None:
     return None
 
 
+def instance_forward(module: nn.Module) -> Any:
+    """A forward on the instance that is not the class's own; transformers 4 leaves the latter after output capture."""
+    forward = module.__dict__.get("forward")
+    return None if getattr(forward, "__func__", None) is type(module).forward else forward
+
+
 def why_not_called(module: Any) -> str | None:
     """Why the forward of a submodule may not be bypassed: something of the user's is attached to its call."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"hooks on the {type(module).__name__}"
-    if "forward" in module.__dict__:
+    if instance_forward(module):
         return f"the {type(module).__name__}'s forward was replaced on the instance"
     return None

@@ -49,7 +49,8 @@ def _per_projection(counts: Sequence[int], params: Sequence[Any]) -> _Params:
 class _LoraGroup(torch.autograd.Function):
     """Projections of one shared input n, which is x, rms_norm(x) or silu(x) · up.
 
-    Saved: x (and up), rstd, s, and the masks as bits. n is recomputed by the backward kernel that needs it least.
+    Saved: x (and up), rstd, s, and the masks as bits. n is recomputed by the backward kernel that needs it least; where
+    n is x, and neither an A nor a W trains, x is not saved.
     """
 
     @staticmethod
@@ -69,6 +70,9 @@ class _LoraGroup(torch.autograd.Function):
         else:
             n, s = x, ops.lora_project(x, p.a, a_scale, masks)
         y = ops.lora_gemm(n, w, s, p.b, bias, residual)
+        need = _per_projection(counts, ctx.needs_input_grad[12:])
+        if norm_weight is None and up is None and not any(need.a) and not any(need.w):
+            x = None  # dx asks for the parameters alone, dB for s
         ctx.save_for_backward(x, up, norm_weight, rstd, s, *masks, *params)
         ctx.static = eps, dtype, carry, counts, b_scale, len(masks), residual is not None
         return (*y, x) if carry else tuple(y)
@@ -116,7 +120,7 @@ class _LoraGroup(torch.autograd.Function):
         if any(need.b) and any(b_ranks):
             db = _parts(ops.lora_reduce_t(s, dy, b_ranks), p.b)
         dw = [one.t() @ n if wanted else None for one, wanted in zip(dy, need.w, strict=True)]
-        dbias = [one.sum(0) if wanted else None for one, wanted in zip(dy, need.bias, strict=True)]
+        dbias = [one.sum(0, dtype=torch.float32) if wanted else None for one, wanted in zip(dy, need.bias, strict=True)]
         fit = [
             None if g is None or not wanted else g.to(like.dtype)
             for g, wanted, like in zip((*dw, *dbias, *db, *da), ctx.needs_input_grad[12:], params, strict=True)
@@ -130,10 +134,15 @@ def _parts(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tenso
     return [part.view(one.shape) for part, one in zip(flat.split(sizes), like, strict=True)]
 
 
+def _product_dtype(x, projections):
+    """What the products are computed in: autocast's dtype, or the weights'."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if autocast else projections[0].weight.dtype
+
+
 def _apply(x, up, norm_weight, residual, eps, carry, projections):
     counts, w, bias, b, b_scale, a, a_scale, rates = [], [], [], [], [], [], [], []
-    autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else projections[0].weight.dtype
+    dtype = _product_dtype(x, projections)
     for projection in projections:
         branches = projection.branches
         scales = [0.0 if one.dropout == 1 else one.scaling / (1 - one.dropout) for one in branches]
@@ -268,6 +277,8 @@ def swiglu_lora(
     _check.shape(op, "up", up, tuple(gate.shape), "to match gate")
     _check.dtype(op, "up", up, (gate.dtype,), "to match gate")
     _check_projections(op, gate, [projection])
+    _check.same_device(op, "gate", gate, up=up)
+    _check.dtype(op, "gate", gate, (_product_dtype(gate, [projection]),), "to match the product")
     F, N = gate.shape[-1], projection.weight.shape[0]
     residual = _check_residual(op, residual, (*gate.shape[:-1], N), 1)
     rows = gate.reshape(-1, F).contiguous(), up.reshape(-1, F).contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from ..kernels import _library
-from ..modules._fused import FUSED, Fused, State, original_class
+from ..modules._fused import FUSED, Fused, State, instance_forward, original_class
 from .plan import Plan, Row
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -38,7 +39,7 @@ class Swap(NamedTuple):
             return f"{original.__name__} ({original.__module__}) is a subclass that may compute something else"
         if self.original.forward.__module__ != self.original.__module__:
             return f"{self.original.__name__}.forward was replaced by {self.original.forward.__module__}"
-        if _instance_forward(module) and not isinstance(module, Fused):
+        if instance_forward(module) and not isinstance(module, Fused):
             return "its forward was replaced on the instance (an accelerate hook, or another patch)"
         return self.unless(module)
 
@@ -75,16 +76,10 @@ def _states(model: nn.Module) -> dict[nn.Module, tuple[type, State | None]]:
     return {module: (type(module), module.__dict__.get("_fastlora")) for _, module, _ in _candidates(model)}
 
 
-def _instance_forward(module: nn.Module) -> Any:
-    """A forward on the instance that is not the class's own; transformers 4 leaves the latter after output capture."""
-    forward = module.__dict__.get("forward")
-    return None if getattr(forward, "__func__", None) is type(module).forward else forward
-
-
 def _become(module: nn.Module, cls: type[nn.Module], state: State | None) -> None:
     if isinstance(module, Fused):
         module.unplug()
-    if "forward" in module.__dict__ and not _instance_forward(module):
+    if "forward" in module.__dict__ and not instance_forward(module):
         del module.__dict__["forward"]
     module.__class__ = cls
     module.__dict__.pop("_fastlora", None)
@@ -122,7 +117,7 @@ def patch(model: Model, ops: Iterable[str] | None = None, strict: bool = False) 
         if mine and swap.why_not(module) is None:
             state = State(frozenset(mine))
             if isinstance(module, Fused):
-                state.calls = module._fastlora.calls
+                state.calls = copy.deepcopy(module._fastlora.calls)
             _become(module, swap.fast, state)
         elif isinstance(module, Fused):
             _become(module, swap.original, None)

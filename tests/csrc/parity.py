@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from budget import Budget, assert_within_budget
+from budget import Budget
 
 EXTENSION = Path(os.environ.get("FASTLORA_C", Path(__file__).parents[2] / "fastlora" / "_C.abi3.so"))
 SCHEMAS = """
@@ -39,7 +39,7 @@ isa = ctypes.CDLL(str(EXTENSION)).fastlora_cpu_isa
 isa.restype = ctypes.c_char_p
 
 
-small: dict[str, Budget] = {}  # quantities of too few elements for statistics, judged over many draws
+budgets: dict[str, Budget] = {}  # by quantity and shape, over all its draws
 
 
 def draws(*shape):
@@ -49,10 +49,7 @@ def draws(*shape):
 
 def check(name, ours, eager, truth):
     assert ours.dtype == eager.dtype, f"{name}: {ours.dtype}, eager gives {eager.dtype}"
-    if truth.numel() < 64:
-        small.setdefault(name, Budget(name)).add(ours, eager, truth)
-    else:
-        assert_within_budget(ours, eager, truth, name)
+    budgets.setdefault(name, Budget(name)).add(ours, eager, truth)
 
 
 def grads(f, inputs, d_out, dtype=None):
@@ -112,7 +109,7 @@ def rms_norm_case(dtype, weight_dtype, rows, cols):
 
 
 def rms_norm():
-    shapes = ((257, 1), (65, 7), (64, 33), (67, 1000), (300, 4096), (0, 8), (1000, 16))
+    shapes = ((257, 3), (65, 7), (64, 33), (67, 1000), (300, 4096), (0, 8), (1000, 16))
     for dtype, (rows, cols) in product(DTYPES, shapes):
         for weight_dtype in dict.fromkeys((dtype, torch.float32)):
             for _ in draws(cols):  # dw has as many elements
@@ -267,5 +264,5 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     for test in (rms_norm, rope, swiglu, cross_entropy, conversions, refusals):
         test()
-        assert not (over := [excess for budget in small.values() if (excess := budget.excess())]), over
+        assert not (over := [excess for budget in budgets.values() if (excess := budget.excess())]), over
         print(f"{isa().decode()} {test.__name__} ok")

@@ -95,7 +95,7 @@ def flash_attention_bwd(
     window: int | None,
     visited: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk and dv, each in (B, T, H, D) memory. Of two kernels the first also makes delta for the second.
+    """dq, dk and dv, each in (B, T, H, D) memory: two kernels, three in fp32. The one for dq also makes delta.
 
     visited, for tests: a (2,) int32 that counts the tiles of scores computed for dq, and for dk and dv.
     """
@@ -107,13 +107,15 @@ def flash_attention_bwd(
     visited_dq, visited_dkdv = visited.split(1) if visited is not None else (None, None)
     shapes = (T, T_kv, H // H_kv, scale, window or 0)
     t = _tile("dq", q)
-    launch(
-        flash_attention_dq_kernel,
-        (cdiv(T, t.m), H, B),
-        *(q, k, v, out, dout, lse, delta, norm, dq, key_padding_mask, position_ids, visited_dq, *shapes),
-        *(*_strides(q, k, v, out, dout, dq), *masks),
-        **_meta(t, q, causal, window),
-    )
+    for norm_pass in (True, False) if norm is not None else (False,):
+        launch(
+            flash_attention_dq_kernel,
+            (cdiv(T, t.m), H, B),
+            *(q, k, v, out, dout, lse, delta, norm, dq, key_padding_mask, position_ids, visited_dq, *shapes),
+            *(*_strides(q, k, v, out, dout, dq), *masks),
+            NORM=norm_pass,
+            **_meta(t, q, causal, window),
+        )
     t = _tile("dkdv", q)
     launch(
         flash_attention_dkdv_kernel,

@@ -5,7 +5,8 @@ With P = exp(scale · q kᵀ − lse) and delta = rowsum(dout ∘ out):
     dv = Pᵀ dout        dS = P ∘ (dout vᵀ − delta)        dq = scale · dS k        dk = scale · dSᵀ q
 
 In fp32 the rounding of lse and of out would be the largest errors here. There one more pass over the keys takes
-norm = 1 / rowsum(P), by which P is multiplied, and delta = norm · rowsum(P ∘ dout vᵀ).
+norm = 1 / rowsum(P), by which P is multiplied, and delta = norm · rowsum(P ∘ dout vᵀ). In bf16 and fp16 the rounding of
+P itself hides them.
 """
 
 from __future__ import annotations
@@ -69,9 +70,10 @@ def flash_attention_dq_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot, stride_dob, stride_doh, stride_dot, stride_dqb, stride_dqh, stride_dqt,
     stride_pad, stride_pos,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """dq, and delta on the way; or, where NORM, norm and delta alone."""
     LEFT: tl.constexpr = WINDOW or p_pos is not None
     i_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     i_h, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -99,10 +101,7 @@ def flash_attention_dq_kernel(
     b_do = load_rows(p_do, o_m, stride_dot, o_d, T, True, D, BLOCK_D)
     b_lse = tl.load(p_lse + o_m, mask=o_m < T, other=float("inf")) * LOG2E
     b_q = load_rows(p_q, o_m, stride_qt, o_d, T, True, D, BLOCK_D)
-    if p_norm is None:
-        b_out = load_rows(p_out, o_m, stride_ot, o_d, T, True, D, BLOCK_D)
-        b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
-    else:
+    if NORM:
         b_norm = tl.zeros([BLOCK_M], dtype=tl.float32)
         b_delta = tl.zeros([BLOCK_M], dtype=tl.float32)
         for i in range(0, wholes):
@@ -118,25 +117,31 @@ def flash_attention_dq_kernel(
                 shift, scale * LOG2E, CAUSAL, LEFT, True, PRECISION, D, BLOCK_N, BLOCK_D,
             )  # fmt: skip
         b_norm = 1.0 / tl.where(b_norm > 0.0, b_norm, 1.0)
-        b_delta *= b_norm
         tl.store(p_norm + o_m, b_norm, mask=o_m < T)
-    tl.store(p_delta + o_m, b_delta, mask=o_m < T)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    for i in range(0, wholes):
-        i_n = lo + (lefts + i) * BLOCK_N
-        acc = _dq_step(
-            acc, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_kt, stride_vt, i_n, o_m, b_first, o_d, p_pad, T_kv, shift,
-            scale * LOG2E, p_visited, CAUSAL, LEFT, False, PRECISION, D, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    for i in tl.range(0, edges, num_stages=1):
-        i_n = edge_tile(i, lo, lefts, wholes, BLOCK_N)
-        acc = _dq_step(
-            acc, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_kt, stride_vt, i_n, o_m, b_first, o_d, p_pad, T_kv, shift,
-            scale * LOG2E, p_visited, CAUSAL, LEFT, True, PRECISION, D, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    if p_norm is not None:
-        acc *= b_norm[:, None]
-    store_rows(p_dq, acc * scale, o_m, stride_dqt, o_d, T, D)
+        tl.store(p_delta + o_m, b_delta * b_norm, mask=o_m < T)
+    else:
+        if p_norm is None:
+            b_out = load_rows(p_out, o_m, stride_ot, o_d, T, True, D, BLOCK_D)
+            b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
+            tl.store(p_delta + o_m, b_delta, mask=o_m < T)
+        else:
+            b_delta = tl.load(p_delta + o_m, mask=o_m < T, other=0.0)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+        for i in range(0, wholes):
+            i_n = lo + (lefts + i) * BLOCK_N
+            acc = _dq_step(
+                acc, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_kt, stride_vt, i_n, o_m, b_first, o_d, p_pad, T_kv,
+                shift, scale * LOG2E, p_visited, CAUSAL, LEFT, False, PRECISION, D, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+        for i in tl.range(0, edges, num_stages=1):
+            i_n = edge_tile(i, lo, lefts, wholes, BLOCK_N)
+            acc = _dq_step(
+                acc, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_kt, stride_vt, i_n, o_m, b_first, o_d, p_pad, T_kv,
+                shift, scale * LOG2E, p_visited, CAUSAL, LEFT, True, PRECISION, D, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+        if p_norm is not None:
+            acc *= tl.load(p_norm + o_m, mask=o_m < T, other=0.0)[:, None]
+        store_rows(p_dq, acc * scale, o_m, stride_dqt, o_d, T, D)
 
 
 @triton.jit

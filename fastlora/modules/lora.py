@@ -63,10 +63,12 @@ def _read(projection: Any) -> Read | str:
         for module in (lora_a, lora_b, dropout):
             if why := why_not_called(module):
                 return why
+        if type(dropout) not in (nn.Dropout, nn.Identity):
+            return f"lora_dropout is a {type(dropout).__name__}"
         if why := why_not_plain(lora_a.weight, lora_b.weight, lora_b.bias):
             return why
         scaling = projection.scaling[name]
-        rate = dropout.p if projection.training and isinstance(dropout, nn.Dropout) else 0.0
+        rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         if variant := projection.lora_variant.get(name):
             if not isinstance(variant, DoraLinearVariant):
                 return type(variant).__name__
@@ -172,6 +174,9 @@ def swiglu_down(
         return None
     found = _read(getattr(owner, name))
     if isinstance(found, str) or found.magnitude is not None or _why_not_dtype(gate.dtype, gate.device, found):
+        return None
+    device = gate.device.type
+    if torch.is_autocast_enabled(device) and gate.dtype != torch.get_autocast_dtype(device):
         return None
     owner.count(name)
     return ops.swiglu_lora(gate, up, found.projection, residual)

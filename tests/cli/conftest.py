@@ -67,7 +67,7 @@ def model_dir(tokenizer, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fastlora_cli():
     """Run `fastlora ARGS` in a new process, after the Python statements `before`."""
 

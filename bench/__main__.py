@@ -1,0 +1,70 @@
+"""python -m bench: what fastlora gives on the machine at hand.
+
+    python -m bench                       every op at this device's shapes
+    python -m bench rms_norm swiglu       some ops
+    python -m bench train_step            whole-model training steps, all providers
+    python -m bench saved_bytes           bytes kept for backward, per token and layer
+    python -m bench launches              kernels per layer and step; bytes moved outside the big products (traffic)
+    python -m bench report                Markdown tables and plots of what was measured
+    python -m bench compare A B           was B slower than A? exit status 1 if so
+    python -m bench gpu                   the nine-minute pass over one GPU
+
+Every command but the last three has --help of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+
+from . import machine
+from .cli import common_options, new_parser, open_sink
+from .harness import measure
+from .ops import NAMES, cases
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    argv = sys.argv[1:] if argv is None else argv
+    command, rest = (argv[0], argv[1:]) if argv and argv[0] in _COMMANDS else ("ops", argv)
+    return _COMMANDS[command](rest) or 0
+
+
+def _ops(argv: list[str]) -> int:
+    parser = new_parser("", __doc__)
+    parser.add_argument("op", nargs="*", help=f"among {', '.join(NAMES)} (default: all)")
+    common_options(parser)
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: does everything run?")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for each case and mode (default 2)")
+    args = parser.parse_args(argv)
+    if unknown := set(args.op) - set(NAMES):
+        parser.error(f"no command or op is called {', '.join(unknown)}; ops are {', '.join(NAMES)}")
+    sink = open_sink(args, "ops")
+    red = 0
+    for dtype in args.dtype:
+        ceilings = machine.ceilings(args.device, dtype)
+        print(f"{dtype}: {ceilings.bandwidth / 1e9:,.0f} GB/s copied, {ceilings.flops / 1e12:,.2f} TFLOP/s multiplied")
+        for op in args.op or NAMES:
+            for case in cases(op, args.device, dtype, args.quick):
+                for line in measure(case, args.device, dtype, ceilings, args.seconds, args.providers):
+                    sink.write(line | {"ceilings": ceilings._asdict()})
+                    red += line["parity"] is False and line["provider"].startswith("fastlora")
+    return min(red, 1)
+
+
+def _load(module: str):
+    def run(argv: list[str]) -> int:
+        return importlib.import_module(f"bench.{module}").main(argv)
+
+    return run
+
+
+_COMMANDS = {"ops": _ops} | {
+    name: _load(name) for name in ("train_step", "saved_bytes", "launches", "report", "compare", "gpu")
+}
+_COMMANDS["traffic"] = _COMMANDS["launches"]
+
+if __name__ == "__main__":
+    sys.exit(main())

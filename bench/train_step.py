@@ -1,0 +1,156 @@
+"""Whole-model LoRA training steps, everybody on the same frozen weights and batches.
+
+A step is forward, backward and AdamW on the adapters of all seven projections; weights are random, and bf16 models run
+under autocast as transformers' Trainer(bf16=True) runs them. Every provider's loss and adapter gradients are judged
+against float64 before anything is timed; who is over budget gets no time. Providers take turns.
+
+MFU = FORMULA over the time, over the rate of a large square product measured in the same run. The forward that
+gradient checkpointing repeats is not counted as work. "floor" is the frozen products alone, timed in the same turns.
+Peak memory is that of one step above the loaded model; on a CPU every provider is measured in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import sys
+import time
+from typing import Any
+
+from . import machine, memory, models, record, training
+from .cli import common_options, new_parser, open_sink
+from .step_providers import BY_NAME
+from .training import Setting
+
+_CPU = ("peft", "peft-bf16", "peft-compile", "peft-compile-layers", "liger", "fastlora")
+# What `--suite` stands for: lists of arguments, run one after the other into one results file.
+SUITES: dict[str, list[list[str]]] = {
+    "readme": [
+        ["--model", "small", "--tokens", "4x512,1x2048", "--dtype", "bfloat16", "--seconds", "55"],
+        ["--model", "small", "--tokens", "4x512,1x2048", "--dtype", "float32", "--seconds", "75"],
+        # For the plot of memory against tokens.
+        ["--model", "small", "--tokens", "1x512,2x512", "--dtype", "bfloat16", "--memory", "only"],
+    ],
+    "quick": [["--model", "tiny", "--tokens", "2x32", "--seconds", "1"]],
+}
+
+
+def main(argv: list[str]) -> int:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    memory.use_allocator(args.allocator, ["train_step", *argv])
+    if args.memory_of:
+        print(json.dumps(_memory_of(args)))
+        return 0
+    start = time.monotonic()
+    sink = open_sink(args, args.name)
+    sets = [parser.parse_args([*argv, *more]) for more in SUITES[args.suite]] if args.suite else [args]
+    red = sum(_run(one, sink) for one in sets)
+    print(f"{len(sink.records)} measurements in {time.monotonic() - start:.0f} s: {sink.path}")
+    return min(red, 1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = new_parser("train_step", (__doc__ or "").replace("FORMULA", models.FORMULA))
+    add = parser.add_argument
+    add("--suite", choices=SUITES, help="a fixed set of measurements, in place of the options below")
+    add("--model", default="small", help=f"among {', '.join(models.SHAPES)}; several with commas")
+    add("--tokens", type=_sizes, default=_sizes("4x512"), help="rows × sequence, as 4x512,1x2048")
+    add("--layers", type=int, help="layers of the model (default: all, on a GPU as many as memory allows)")
+    add("--rank", type=_integers, default=[16])
+    add("--dropout", type=float, default=0.0)
+    add("--batch", type=lambda t: t.split(","), default=["dense"], help="dense, padded, packed; several with commas")
+    add("--checkpointing", choices=("off", "on", "both"), default="off")
+    add("--autocast", choices=("on", "off"), default="on")
+    add("--allocator", choices=("default", "tuned"), default="default", help="glibc's thresholds, for every provider")
+    add("--seconds", type=float, default=60.0, help="timing of each setting, all providers together (default 60)")
+    add("--rounds", type=int, default=3, help="turns of each provider at least (default 3)")
+    add("--memory", choices=("on", "off", "only"), default="on", help="peak memory; a process per provider on a CPU")
+    add("--largest-batch", action="store_true", help="GPU: rows that fit, for each provider")
+    add("--name", default="train_step", help="name of the results file (default train_step)")
+    add("--memory-of", help=argparse.SUPPRESS)
+    common_options(parser)
+    return parser
+
+
+def _run(args: argparse.Namespace, sink: record.Sink) -> int:
+    names = args.providers or (_CPU if args.device == "cpu" else tuple(BY_NAME))
+    if unknown := set(names) - set(BY_NAME):
+        raise SystemExit(f"no provider is called {', '.join(unknown)}; there are {', '.join(BY_NAME)}")
+    red = 0
+    ceilings = {dtype: machine.ceilings(args.device, dtype) for dtype in args.dtype}
+    for setting in _settings(args):
+        lines = []
+        if args.memory != "only":
+            lines = list(training.measure(setting, names, args.seconds, ceilings[setting.dtype], args.rounds))
+            gc.collect()
+        green = [r["provider"] for r in lines if r.get("ms")] if args.memory != "only" else names
+        for line in lines or [_plain(setting, name) for name in green]:
+            if setting.device == "cpu" and args.memory != "off" and line["provider"] in green:
+                line |= _memory_in_its_own_process(setting, line["provider"], args)
+            if args.largest_batch and setting.device == "cuda" and line["provider"] in green:
+                base = models.base_model(setting.shape, setting.dtype, setting.device)
+                line["largest_batch"] = training.largest_batch(setting, BY_NAME[line["provider"]], base)
+            red += line.get("parity") is False and line["provider"].startswith("fastlora")
+            sink.write(line | {"ceilings": ceilings[setting.dtype]._asdict()})
+    return red
+
+
+def _settings(args: argparse.Namespace):
+    checkpointing = {"off": [False], "on": [True], "both": [False, True]}[args.checkpointing]
+    for model, dtype, (rows, sequence), rank, batch, checkpoint in itertools.product(
+        args.model.split(","), args.dtype, args.tokens, args.rank, args.batch, checkpointing
+    ):
+        layers = args.layers or training.layers_that_fit(model, dtype, args.device, rows * sequence, checkpoint)
+        whole = models.shape(model).layers
+        if layers < whole:
+            print(f"{model}: {layers} of its {whole} layers are measured")
+        yield Setting(
+            model=model, dtype=dtype, device=args.device, rows=rows, sequence=sequence, layers=layers, rank=rank,
+            dropout=args.dropout, batch=batch, checkpointing=checkpoint, autocast=args.autocast == "on",
+        )  # fmt: skip
+
+
+def _plain(setting: Setting, name: str) -> dict[str, Any]:
+    why = BY_NAME[name].why_not(setting.device, setting.dtype)
+    return setting.record() | {"provider": name, "title": BY_NAME[name].title, "parity": None, "why": why}
+
+
+def _memory_in_its_own_process(setting: Setting, name: str, args: argparse.Namespace) -> dict[str, Any]:
+    if BY_NAME[name].why_not(setting.device, setting.dtype):
+        return {}
+    found = memory.in_its_own_process(
+        [
+            "train_step", "--memory-of", name, "--model", setting.model, "--layers", str(setting.layers),
+            "--tokens", f"{setting.rows}x{setting.sequence}", "--rank", str(setting.rank),
+            "--dropout", str(setting.dropout), "--batch", setting.batch, "--device", setting.device,
+            "--checkpointing", "on" if setting.checkpointing else "off", "--autocast", args.autocast,
+            "--allocator", args.allocator, "--dtype", setting.record()["dtype"],
+        ]
+    )  # fmt: skip
+    return {"peak_bytes": found.get("peak_bytes"), "why_no_peak": found.get("why")}
+
+
+def _memory_of(args: argparse.Namespace) -> dict[str, Any]:
+    setting = next(_settings(args))
+    base = models.base_model(setting.shape, setting.dtype, setting.device)
+    trainee = training.Trainee(BY_NAME[args.memory_of], base, setting)
+    made = training.batch(setting)
+    return {"peak_bytes": memory.peak_rss(lambda: trainee.step(made))}
+
+
+def _sizes(text: str) -> list[tuple[int, int]]:
+    try:
+        return [(int(rows), int(sequence)) for rows, sequence in (one.split("x") for one in text.split(","))]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not rows × sequence, such as 4x512 or 4x512,1x2048") from None
+
+
+def _integers(text: str) -> list[int]:
+    return [int(one) for one in text.split(",")]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,99 @@
+"""The gate of whole training steps."""
+
+import pytest
+import torch
+
+from bench import models, training, truth
+from bench.gate import Red
+from bench.step_providers import BY_NAME
+
+BF16 = torch.bfloat16
+
+
+def setting(dtype=BF16, **changes):
+    plain = {"model": "tiny", "device": "cpu", "rows": 2, "sequence": 24, "layers": 2}
+    return training.Setting(**plain | {"dtype": dtype} | changes)
+
+
+def gate_and(name, s):
+    base = models.base_model(s.shape, s.dtype, s.device)
+    return training.Gate(s, base), training.Trainee(BY_NAME[name], base, s)
+
+
+@pytest.mark.parametrize("batch", ["dense", "padded", "packed"])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_fastlora_is_green(dtype, batch):
+    gate, trainee = gate_and("fastlora", setting(dtype, batch=batch))
+    assert set(gate.check(trainee)) == {"dA", "dB"}
+
+
+@pytest.mark.parametrize("batch", ["dense", "padded", "packed"])
+def test_the_truth_is_what_eager_rounds(batch):
+    """In fp32 PEFT is far nearer to the truth than to that of a batch with one other token."""
+    s = setting(torch.float32, batch=batch)
+    gate, trainee = gate_and("peft", s)
+    gate.check(trainee)
+    errors = gate._yardsticks["peft"][1]
+    other = {k: v.clone() for k, v in gate.made.items()}
+    other["input_ids"][0, 1] += 1
+    *_, moved = truth.step(trainee.model, s.shape, other)
+    *_, right = gate._truth
+    for figure, letter in (("dA", "lora_A"), ("dB", "lora_B")):
+        nearest = min(((moved[n] - right[n]).norm() / right[n].norm()).item() for n in right if letter in n)
+        assert errors[figure] < 1e-3 * nearest
+
+
+@pytest.mark.parametrize("adapter", ["lora_A", "lora_B"])
+def test_a_perturbed_adapter_is_red(adapter):
+    gate, trainee = gate_and("fastlora", setting())
+    gate.check(trainee)
+    with torch.no_grad():
+        for name, parameter in models.adapters(trainee.model).items():
+            if adapter in name:
+                parameter.mul_(1.05)
+    with pytest.raises(Red, match=r"d[AB]: relative error|loss: over budget"):
+        gate.check(trainee)
+
+
+def test_a_red_provider_gets_no_time(monkeypatch):
+    broken = BY_NAME["fastlora"]._replace(after=_wrong)
+    monkeypatch.setattr(training, "PROVIDERS", (BY_NAME["peft"], broken))
+    ceilings = training.machine.Ceilings(1e9, 1e10)
+    found = {r["provider"]: r for r in training.measure(setting(), ("peft", "fastlora"), 0.1, ceilings)}
+    assert found["fastlora"]["parity"] is False and "ms" not in found["fastlora"]
+    assert found["fastlora"]["why"].startswith("parity is red")
+    assert found["peft"]["ms"]["n"] >= 3 and found["peft"]["tokens_per_s"] > 0
+
+
+def _wrong(model):
+    model.base_model.model.model.layers[1].mlp.down_proj.scaling["default"] *= 1.1
+    return model
+
+
+def test_frozen_weights_are_shared_and_stay():
+    s = setting()
+    base = models.base_model(s.shape, s.dtype, s.device)
+    first, second = (training.Trainee(BY_NAME[name], base, s) for name in ("peft", "fastlora"))
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    weights = [t.model.base_model.model.lm_head.weight for t in (first, second)]
+    assert weights[0] is weights[1] is base.lm_head.weight
+    for trainee in (first, second):
+        trainee.step(training.batch(s))
+    assert all(torch.equal(before[name], p) for name, p in base.named_parameters())
+    assert any(p.grad is not None and p.grad.any() for p in models.adapters(second.model).values())
+
+
+def test_batches():
+    padded = training.batch(setting(batch="padded"))
+    assert training.tokens(padded) == padded["attention_mask"].sum() < 48
+    assert (padded["labels"][padded["attention_mask"] == 0] == -100).all()
+    packed = training.batch(setting(batch="packed", sequence=200))
+    assert packed["input_ids"].shape == (1, 400) and training.tokens(packed) == 400
+    starts = packed["position_ids"] == 0
+    assert starts.sum() > 1 and (packed["labels"][starts] == -100).all()
+    assert (packed["position_ids"].diff()[~starts[:, 1:]] == 1).all()
+
+
+def test_the_flop_formula():
+    """32 layers of 7B at 4096: 30.19 GFLOP per token."""
+    assert models.shape("7b").flops(1, 4096) == pytest.approx(30.19e9, rel=1e-3)

@@ -1,0 +1,49 @@
+"""Every test runs on one thread, from one seed, with uninitialised memory full of NaN.
+
+The poison is PyTorch's own: under deterministic algorithms every empty float tensor is filled with NaN, whether Python,
+ATen or csrc allocates it. An output that a kernel forgets to write is then seen.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRET:
+    import bf16_interpreter
+
+    bf16_interpreter.install()
+
+
+def cpu_kernels() -> str:
+    """What the CPU key runs in this process: "csrc", "aten" or "triton (interpreter)"."""
+    from fastlora.kernels import _library, rms_norm  # noqa: F401  the operator must be registered to be asked about
+
+    return _library.runs_on_cpu("rms_norm_fwd")
+
+
+@pytest.fixture(scope="session")
+def backend() -> str:
+    return cpu_kernels()
+
+
+def pytest_report_header() -> str:
+    return f"fastlora on the CPU: {cpu_kernels()}"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread_and_poison():
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

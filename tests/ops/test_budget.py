@@ -1,0 +1,77 @@
+"""The budget keeps what is as good as eager, and rejects what is not."""
+
+import pytest
+import torch
+from budget import Budget, assert_within_budget, ulp
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def products(dtype):
+    """A matrix product: the operands, eager's result and the truth."""
+    x, w = torch.randn(64, 96).to(dtype), torch.randn(96, 48).to(dtype)
+    return x, w, x @ w, x.double() @ w.double()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_ulp_is_the_distance_to_the_next_number(dtype):
+    x = (torch.randn(1000) * 2.0 ** torch.randint(-12, 12, (1000,))).to(dtype)
+    following = torch.nextafter(x.abs(), torch.tensor(torch.inf, dtype=dtype))
+    assert torch.equal(ulp(x, dtype), following.double() - x.abs().double())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_keeps_another_order_of_summation(dtype):
+    budget = Budget("product")
+    for _ in range(8):
+        x, w, eager, truth = products(dtype)
+        order = torch.randperm(96)
+        budget.add(x[:, order] @ w[order], eager, truth)
+    assert budget.excess() is None, budget.excess()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_keeps_one_rounding_of_the_truth_beside_an_exact_yardstick(dtype):
+    *_, truth = products(dtype)
+    assert_within_budget(truth.to(dtype), truth, truth, "product")
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("operand", [0, 1])
+def test_rejects_a_perturbed_operand(operand, dtype):
+    *operands, eager, truth = products(dtype)
+    noise = 1.0 - 2.0 * torch.randint(0, 2, operands[operand].shape)
+    operands[operand] = (operands[operand] * (1 + 16 * torch.finfo(dtype).eps * noise)).to(dtype)
+    with pytest.raises(AssertionError, match="product: over budget in rms: error"):
+        assert_within_budget(operands[0] @ operands[1], eager, truth, "product")
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rejects_one_wrong_element_that_the_rms_would_hide(dtype):
+    truth = torch.rand(1000, 1000, dtype=torch.float64)
+    ours, eager = truth.to(dtype), truth.to(dtype)
+    ours[3, 5] += 4 * torch.finfo(dtype).eps
+    with pytest.raises(AssertionError, match="over budget in max"):
+        assert_within_budget(ours, eager, truth, "product")
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_rejects_what_is_not_finite(bad):
+    _, _, eager, truth = products(torch.float32)
+    ours = eager.clone()
+    ours[0, 0] = bad
+    with pytest.raises(AssertionError, match="1 of 3072 elements are NaN or infinite"):
+        assert_within_budget(ours, eager, truth, "product")
+
+
+def test_rejects_another_shape():
+    _, _, eager, truth = products(torch.float32)
+    with pytest.raises(AssertionError, match="product: torch.Size"):
+        assert_within_budget(eager.t(), eager, truth, "product")
+
+
+def test_the_poison_reaches_every_allocation():
+    """conftest's NaN, from Python and from ATen."""
+    like = torch.ones(3)
+    for fresh in (torch.empty(3), torch.empty_like(like), like.new_empty(3), torch.empty(3, dtype=torch.bfloat16)):
+        assert fresh.isnan().all()

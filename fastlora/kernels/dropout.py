@@ -48,10 +48,24 @@ def dropout_mask(like: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tens
     return mask
 
 
+def _signed(n: int) -> int:
+    return n - (1 << 64) if n >> 63 else n
+
+
+def _mix(z):
+    """SplitMix64's bijection of 64-bit integers, as in csrc; a right shift of a signed integer brings in its sign."""
+    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
+    return z ^ ((z >> 31) & ((1 << 33) - 1))
+
+
 def _mask_aten(like, seed, p):
-    M, K = like.shape
-    generator = torch.Generator(like.device).manual_seed(int(seed))
-    kept = torch.rand((M, cdiv(K, 8), 8), device=like.device, generator=generator) >= p
+    M, K8 = like.shape[0], cdiv(like.shape[1], 8)
+    pairs = torch.arange(M * K8 * 4, device=like.device)
+    random = _mix(_mix(seed.to(like.device)) + pairs * _signed(0x9E3779B97F4A7C15))
+    # The lower word first; the sign bit flipped makes an unsigned comparison of a signed one.
+    words = random.view(torch.int32) ^ -(1 << 31)
+    kept = (words > max(1, round(p * 2**32)) - 1 - (1 << 31)).view(M, K8, 8)
     return (kept * _BITS.to(like.device)).sum(-1, dtype=torch.uint8)
 
 

@@ -147,7 +147,7 @@ def _flat(parts):
 
 
 def _product(narrow, wide):
-    """narrowᵀ wide, fp32 sums whatever the dtype."""
+    """narrowᵀ wide, summed in fp32 whatever the dtype."""
     return narrow.float().t() @ wide.float()
 
 
@@ -157,8 +157,13 @@ def _reduce_aten(ds, x, ranks, masks):
     return _flat([_product(dsg, apply_mask(x, mask)) for dsg, mask in zip(ds.split(ranks, 1), masks, strict=True)])
 
 
+def _reduce_t_one(s, dy):
+    # In fp32 as autograd has it, to the bit; of a cast operand a BLAS wants the wide side last.
+    return dy.t() @ s if s.dtype == torch.float32 else _product(s, dy).t()
+
+
 def _reduce_t_aten(s, dy, ranks):
-    return _flat([_product(si, dyi).t() for dyi, si in zip(dy, s.split(ranks, 1), strict=True) if si.shape[1]])
+    return _flat([_reduce_t_one(si, dyi) for dyi, si in zip(dy, s.split(ranks, 1), strict=True) if si.shape[1]])
 
 
 def _reduce_t_fake(s, dy, ranks):

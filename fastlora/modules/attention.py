@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, flash_attention_mask
 
 from .. import ops
 from ._fused import Fused, why_not_plain
@@ -24,7 +24,14 @@ def register() -> None:
     """Add our key to transformers' registries of attention and mask functions; nothing that is there changes."""
     AttentionInterface.register(NAME, attend)
     # Without a mask function of its own, transformers drops the padding of an implementation it does not know.
-    AttentionMaskInterface.register(NAME, flash_attention_mask)
+    AttentionMaskInterface.register(NAME, make_mask)
+
+
+def make_mask(*, kv_length: int, **kwargs: Any) -> torch.Tensor | None:
+    """The padding (B, T) where queries and keys are the same tokens; over a cache, which may be static, SDPA's mask."""
+    queries = kwargs["q_length"] if "q_length" in kwargs else len(kwargs["cache_position"])  # transformers 5 and 4
+    make = flash_attention_mask if queries == kv_length else ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    return make(kv_length=kv_length, **kwargs)
 
 
 def attend(
@@ -37,13 +44,14 @@ def attend(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query (B, H, T, D), key and value (B, H_kv, T_kv, D), attention_mask None, (B, T_kv)
-    bool or whatever the caller gave.
+    """query (B, H, T, D), key and value (B, H_kv, T_kv, D), attention_mask what make_mask or the caller gave.
 
     Returns (B, T, H, D) and no weights.
     """
+    if query.shape[2] != key.shape[2]:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
     positions = None
-    if attention_mask is None and query.shape[2] == key.shape[2]:
+    if attention_mask is None:
         positions = _packed(kwargs.get("position_ids"), query.shape[0])
     window = kwargs.get("sliding_window")
     why = _why_not(query, key, attention_mask, positions, window, dropout)
@@ -89,7 +97,7 @@ def _why_not(query, key, mask, positions, window, dropout) -> str | None:
 
 def _plain(query, key, mask, positions, window) -> bool:
     """Whether SDPA's own causal flag says all there is to say."""
-    return mask is None and positions is None and window is None and query.shape[2] in (1, key.shape[2])
+    return mask is None and positions is None and window is None
 
 
 def _chosen_sdpa(query, key, mask, positions, window) -> bool:
@@ -100,12 +108,11 @@ def _chosen_sdpa(query, key, mask, positions, window) -> bool:
 
 
 def _full_mask(query, key, padding, positions, window) -> torch.Tensor | None:
-    """The (B, 1, T, T_kv) mask that says the same; None where SDPA's own causal flag does."""
-    T, T_kv = query.shape[2], key.shape[2]
+    """The (B, 1, T, T) mask that says the same; None where SDPA's own causal flag does."""
     if _plain(query, key, padding, positions, window):
         return None
-    at = torch.arange(T_kv - T, T_kv, device=query.device)[:, None]
-    keys = torch.arange(T_kv, device=query.device)[None, :]
+    keys = torch.arange(key.shape[2], device=query.device)
+    at = keys[:, None]
     seen = (keys <= at)[None]
     if window is not None:
         seen = seen & (keys > at - window)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 
 class LazyLogits:
@@ -52,6 +53,9 @@ class LazyLogits:
     def __getitem__(self, index: Any) -> torch.Tensor:
         return self.tensor()[index]
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tensor()[index] = value
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -60,15 +64,16 @@ class LazyLogits:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def plain(x: Any) -> Any:
-            return x.tensor() if isinstance(x, cls) else x
-
-        return function(*map(plain, args), **{k: plain(v) for k, v in (kwargs or {}).items()})
+        args, kwargs = tree_map_only(cls, lambda x: x.tensor(), (args, kwargs or {}))
+        return function(*args, **kwargs)
 
 
 def _operator(name: str) -> Any:
     return lambda self, *others: getattr(self.tensor(), name)(*others)
 
 
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "neg", "eq", "lt", "gt"):
+_UNARY = ("neg", "abs")
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+_COMPARE = ("eq", "ne", "lt", "le", "gt", "ge")
+for _name in (*_UNARY, *_BINARY, *(f"r{name}" for name in _BINARY), *_COMPARE):
     setattr(LazyLogits, f"__{_name}__", _operator(f"__{_name}__"))

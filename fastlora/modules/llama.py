@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama import modeling_llama as hf
@@ -17,6 +18,8 @@ from ..ops import linear_cross_entropy, rms_norm, rope, swiglu
 from . import attention, lora
 from ._fused import Fused, Part, why_not_called, why_not_plain
 from .lazy_logits import LazyLogits
+
+_SILU = type(ACT2FN["silu"])
 
 
 class LlamaRMSNorm(Fused, hf.LlamaRMSNorm):
@@ -34,9 +37,17 @@ class LlamaRMSNorm(Fused, hf.LlamaRMSNorm):
 
 
 class LlamaMLP(Fused, hf.LlamaMLP):
+    def _why_not_swiglu(self) -> str | None:
+        if "swiglu" not in self._fastlora.ops:
+            return "swiglu is not among the chosen ops"
+        if type(self.act_fn) not in (nn.SiLU, _SILU):
+            return f"act_fn is a {type(self.act_fn).__name__}, not SiLU"
+        return why_not_called(self.act_fn)
+
     def parts(self) -> list[Part]:
-        activation = "fastlora swiglu" if "swiglu" in self._fastlora.ops else "transformers silu · up"
-        return [Part("", activation, None), *(lora.part(self, n) for n in ("gate_proj", "up_proj", "down_proj"))]
+        why = self._why_not_swiglu()
+        activation = "transformers act_fn(gate) · up" if why else "fastlora swiglu"
+        return [Part("", activation, why), *(lora.part(self, n) for n in ("gate_proj", "up_proj", "down_proj"))]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = lora.group(self, ("gate_proj", "up_proj"), x)
@@ -48,7 +59,7 @@ class LlamaMLP(Fused, hf.LlamaMLP):
         return self._down(gate, up, x)
 
     def _down(self, gate: torch.Tensor, up: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        why = why_not_plain(gate, up) if "swiglu" in self._fastlora.ops else "swiglu is not among the chosen ops"
+        why = self._why_not_swiglu() or why_not_plain(gate, up)
         self.count("", why)
         if why is None and (out := lora.swiglu_down(self, "down_proj", gate, up, residual)) is not None:
             return out
@@ -79,9 +90,9 @@ class LlamaAttention(Fused, hf.LlamaAttention):
             attention.register()
 
     def unplug(self) -> None:
-        if self._fastlora.attention is not None:
+        if self._fastlora.attention is not None and self.config._attn_implementation == attention.NAME:
             self.config._attn_implementation = self._fastlora.attention
-            self._fastlora.attention = None
+        self._fastlora.attention = None
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         q, k, v = lora.group(self, ("q_proj", "k_proj", "v_proj"), hidden_states)

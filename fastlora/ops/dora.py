@@ -24,12 +24,27 @@ class _Dora(torch.autograd.Function):
         return dy, dg, dbias
 
 
+def _cross(weight, lora_a):
+    """W Aᵀ (N, R) in fp32, W being read once and widened nowhere, or on the CPU a few rows at a time."""
+    if weight.dtype == torch.float32:
+        return weight @ lora_a.float().t()
+    if not weight.is_cuda:
+        return torch.cat([rows.float() @ lora_a.float().t() for rows in weight.split(128)])
+    parts, left = [], lora_a.float()
+    for _ in range(1 if lora_a.dtype == weight.dtype else 3):  # A is the sum of three numbers of W's dtype
+        parts.append(left.to(weight.dtype))
+        left = left - parts[-1]
+    products = torch.mm(weight, torch.cat(parts).t(), out_dtype=torch.float32)
+    return products.view(len(weight), len(parts), -1).sum(1)
+
+
 @torch.no_grad()
 def _column_norms(weight, lora_a, lora_b, scaling):
     """‖W + s B A‖ of each row, fp32, without the sum: ‖W‖² + 2s (W Aᵀ)·B + s² (B A Aᵀ)·B."""
     a, b = lora_a.double(), lora_b.double()  # small, and the three terms may cancel
     base = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).square()
-    cross = torch.mm(weight, lora_a.t().to(weight.dtype)).double()
+    with torch.autocast(weight.device.type, enabled=False):
+        cross = _cross(weight, lora_a).double()
     squares = base + scaling * (b * (2 * cross + scaling * (b @ (a @ a.t())))).sum(1)
     return squares.clamp(min=0).sqrt().float()
 
@@ -59,7 +74,7 @@ def dora(
         (..., N), dtype of y. Saved for backward: y and one number per output.
 
     Raises:
-        ValueError: a wrong shape, by the name of the argument.
+        ValueError: a wrong shape or device, by the name of the argument.
 
     Source: Liu et al., DoRA, arXiv:2402.09353, section 4.3.
     """
@@ -68,5 +83,8 @@ def dora(
     _check.shape("dora", "magnitude", magnitude, (N,), "to match the last dimension of y")
     _check.shape("dora", "lora_a", lora_a, (None, weight.shape[1]), "as (R, K)")
     _check.shape("dora", "lora_b", lora_b, (N, lora_a.shape[0]), "as (N, R)")
+    if bias is not None:
+        _check.shape("dora", "bias", bias, (N,), "to match the last dimension of y")
+    _check.same_device("dora", "y", y, magnitude=magnitude, weight=weight, lora_a=lora_a, lora_b=lora_b, bias=bias)
     norms = _column_norms(weight, lora_a, lora_b, scaling)
     return _Dora.apply(y.reshape(-1, N), magnitude.float() / norms, bias).view(y.shape)

@@ -151,14 +151,34 @@ RSTD = meta(M, dtype=torch.float32)
 # share the rows of dweight the first has the last row.
 ROWS = 10 * rms_norm._DW_PROGRAMS + 1
 WIDE, FEW, WIDE_MASK = meta(ROWS, 2**20), meta(ROWS, 16), meta(ROWS, 2**17, dtype=torch.uint8)
-Q, TABLE = meta(1, M, 32, 128).transpose(1, 2), meta(1, M, 128)
-# Attention loops over tokens: few of them, in a batch of many rows with columns between them.
-HEADS = [meta(520, 260, 32, 512)[..., :128].transpose(1, 2) for _ in range(3)]
+# Parameters of a size no model has: strides below 2³¹ and a product above it.
+NARROW, RANK, TALL, LONG = meta(64, 17), meta(64, 17), meta(2**27 + 8, 17), meta(17, 2**27 + 8)
+# Attention loops over tokens: few of them, far apart in the batch or by heads.
+ROWS_APART = meta(520, 260, 32, 512)[..., :128].transpose(1, 2)
+HEADS_APART = meta(1, 40, 64, 2**20)[..., :128]
+
+
+def rotate(q):
+    table = meta(1, q.shape[2], q.shape[3])
+    rope.rope(q, q, table, table, False)
+
+
+def attend(q):
+    attention.flash_attention_fwd(q, q, q, None, None, 0.1, True, None)
+
+
+def attend_backward(q):
+    lse = meta(*q.shape[:3], dtype=torch.float32)
+    attention.flash_attention_bwd(q, q, q, q, q, lse, None, None, 0.1, True, None)
+
+
 LAUNCHES = {
     "rms_norm_fwd": lambda: rms_norm.rms_norm_fwd(X, NORM, 1e-6),
     "rms_norm_bwd": lambda: rms_norm.rms_norm_bwd(X, X, NORM, RSTD, X, False, True),
     "rms_norm_bwd with dweight": lambda: rms_norm.rms_norm_bwd(WIDE, WIDE, meta(2**20), RSTD[:ROWS], None, True, False),
-    "rope": lambda: rope.rope(Q, Q, TABLE, TABLE, False),
+    "rope of tokens": lambda: rotate(meta(1, M, 32, 128).transpose(1, 2)),
+    "rope of heads": lambda: rotate(meta(1, 64, 2**19, 128)),
+    "rope of rows": lambda: rotate(meta(5, 32, 2**17, 128)),
     "swiglu_fwd": lambda: swiglu.swiglu_fwd(X, X),
     "swiglu_bwd": lambda: swiglu.swiglu_bwd(X, X, X, True),
     "dropout_mask": lambda: dropout.dropout_mask(meta(8 * M, K), torch.tensor(1), 0.5),
@@ -167,6 +187,8 @@ LAUNCHES = {
     "swiglu_project": lambda: project.swiglu_project(X, X, [A], [1.0], [MASK]),
     "lora_project_t": lambda: project.lora_project_t([X, X], [B, B], [1.0, 1.0]),
     "lora_gemm": lambda: gemm.lora_gemm(X, [W], S, [B], [NORM], X),
+    "lora_gemm of parameters": lambda: gemm.lora_gemm(NARROW, [TALL], RANK, [TALL], [None], None),
+    "lora_gemm_t of parameters": lambda: gemm.lora_gemm_t([NARROW], [LONG], RANK, [LONG], [None]),
     "lora_gemm_t": lambda: gemm.lora_gemm_t([X], [W], S, [A], [MASK]),
     "lora_gemm_t without dropout": lambda: gemm.lora_gemm_t([X], [W], S, [A], [None]),
     "lora_reduce": lambda: reduce.lora_reduce(FEW, WIDE, [16], [WIDE_MASK]),
@@ -177,10 +199,10 @@ LAUNCHES = {
         meta(dtype=torch.float32),
         True,
     ),
-    "flash_attention_fwd": lambda: attention.flash_attention_fwd(*HEADS, None, None, 0.1, True, None),
-    "flash_attention_bwd": lambda: attention.flash_attention_bwd(
-        *(HEADS[0], *HEADS, HEADS[0], meta(520, 32, 260, dtype=torch.float32)), None, None, 0.1, True, None
-    ),
+    "flash_attention_fwd of rows": lambda: attend(ROWS_APART),
+    "flash_attention_fwd of heads": lambda: attend(HEADS_APART),
+    "flash_attention_bwd of rows": lambda: attend_backward(ROWS_APART),
+    "flash_attention_bwd of heads": lambda: attend_backward(HEADS_APART),
 }
 
 

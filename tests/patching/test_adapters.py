@@ -39,8 +39,8 @@ def deleted(model):
 
 
 def weighted(model):
-    second(model, "default").add_weighted_adapter(["default"], [0.5], "half")
-    model.set_adapter("half")
+    second(model, "default").add_weighted_adapter(["default"], [0.5], "halved")
+    model.set_adapter("halved")
     return model
 
 

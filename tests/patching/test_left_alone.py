@@ -163,7 +163,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize("config", HEADS.values(), ids=HEADS)
-def test_a_head_of_petfs(config):
+def test_a_head_of_pefts(config):
     """A trained head is never silently frozen: its gradients are the unpatched ones."""
     model = judge(lambda seed: lora(llama(seed), **config), whole=False)
     assert any("lm_head" in name for name in step(model))
@@ -246,12 +246,12 @@ def test_float64():
 
 
 def test_mixed_dtypes():
-    """Norms in fp32 over bf16 projections, as prepare_model_for_kbit_training leaves them, fail as they do unpatched."""
+    """An fp32 norm before a bf16 head fails, as it does unpatched."""
     model = lora(llama(dtype=torch.bfloat16))
     model.base_model.model.model.norm.float()
     with pytest.raises(RuntimeError):
         step(model)
-    with pytest.raises((RuntimeError, TypeError), match="lm_head|dtype"):
+    with pytest.raises((RuntimeError, TypeError), match=r"lm_head|dtype"):
         step(fastlora.patch(model))
 
 

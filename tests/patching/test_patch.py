@@ -124,7 +124,7 @@ def test_a_second_patch_chooses_anew():
 def test_unknown_op():
     model = llama()
     before = traces(model)
-    with pytest.raises(ValueError, match="rmsnorm.*rms_norm"):
+    with pytest.raises(ValueError, match=r"rmsnorm.*rms_norm"):
         fastlora.patch(model, ops=["swiglu", "rmsnorm"])
     with pytest.raises(ValueError, match="rmsnorm"), fastlora.patched(model, ops="rmsnorm"):
         pass

@@ -1,0 +1,463 @@
+"""Projections of one input, with the norm or the SwiGLU before them, dropout, and the residual after them.
+
+Tensors are flat here: projection i has weight{i} and bias{i}, its adapter j has a{i}{j} and b{i}{j}.
+"""
+
+import re
+from typing import NamedTuple
+
+import pytest
+import torch
+from budget import Budget
+from conftest import INTERPRET
+from masks import Drawn
+from witness import DRAWS, FLOATS, _figures, _leaves, called, perturbing, random_incoming
+
+from fastlora import reference
+from fastlora.ops import Branch, Projection, lora_group, swiglu_lora
+
+ADAPTERS = r"[ab]\d\d"
+EVERYTHING = ""  # a pattern that every name has in it
+
+
+class Case(NamedTuple):
+    """A group: rows, the size of the input, and per projection its outputs and the ranks of its adapters."""
+
+    M: int = 5
+    K: int = 40
+    N: tuple[int, ...] = (24, 33, 24)
+    ranks: tuple[tuple[int, ...], ...] = ((4,), (3, 5), ())
+    rate: float = 0.0
+    dtype: torch.dtype = torch.float32
+    adapters: torch.dtype | None = None
+    norm: torch.dtype | None = None
+    x: torch.dtype | None = None
+    residual: torch.dtype | None = None
+    bias: bool = True
+    up: bool = False
+    train: str = f"^x|up|residual|{ADAPTERS}"
+
+    def make(self):
+        """Every product of about the same size, so that none hides another's error."""
+        M, K, dtype = self.M, self.K, self.dtype
+        adapters, x = self.adapters or dtype, self.x or dtype
+        tensors = {"x": torch.randn(M, K).to(x)}
+        if self.up:
+            tensors["up"] = torch.randn(M, K).to(x)
+        if self.norm is not None:
+            tensors["norm_weight"] = (1 + 0.3 * torch.randn(K)).to(self.norm)
+        if self.residual is not None:
+            tensors["residual"] = torch.randn(M, self.N[0]).to(self.residual)
+        for i, (n, ranks) in enumerate(zip(self.N, self.ranks, strict=True)):
+            tensors[f"weight{i}"] = (torch.randn(n, K) / K**0.5).to(dtype)
+            if self.bias and i % 2 == 0:
+                tensors[f"bias{i}"] = torch.randn(n).to(dtype)
+            for j, rank in enumerate(ranks):
+                tensors[f"a{i}{j}"] = (torch.randn(rank, K) / K**0.5).to(adapters)
+                tensors[f"b{i}{j}"] = (torch.randn(n, rank) / rank**0.5).to(adapters)
+        return {name: t.requires_grad_(bool(re.search(self.train, name))) for name, t in tensors.items()}
+
+    def call(self, tensors, op, kind=Branch, **masks):
+        """op on the flat tensors."""
+        projections = []
+        for i, ranks in enumerate(self.ranks):
+            branches = (
+                kind(tensors[f"a{i}{j}"], tensors[f"b{i}{j}"], 0.5 + j, self.rate_of(i, j)) for j in range(len(ranks))
+            )
+            projections.append(Projection(tensors[f"weight{i}"], tensors.get(f"bias{i}"), tuple(branches)))
+        residual = tensors.get("residual")
+        if self.up:
+            return (op(tensors["x"], tensors["up"], projections[0], residual, **masks),)
+        norm = {} if self.norm is None else {"norm_weight": tensors["norm_weight"], "eps": 1e-5}
+        return op(tensors["x"], projections, residual=residual, **norm, **masks)
+
+    def rate_of(self, i, j):
+        """The second adapter of a projection has no dropout, so that both kinds meet in one kernel."""
+        return self.rate if j == 0 else 0.0
+
+    def ours(self, tensors):
+        return self.call(tensors, swiglu_lora if self.up else lora_group)
+
+    def witness(self, tensors, masks):
+        """masks: one (M, K) per adapter that drops."""
+        left = iter(masks)
+        rates = [self.rate_of(i, j) for i, ranks in enumerate(self.ranks) for j in range(len(ranks))]
+        kept = [next(left) if rate else None for rate in rates]
+        if self.rate == 1:  # 0 · mask / (1 − 1) is PEFT's 0
+
+            def nothing(a, b, scaling, rate):
+                return Branch(a, b, scaling * (rate == 0), 0.0)
+
+            return self.call(tensors, self._reference(), nothing, masks=[None] * len(kept))
+        return self.call(tensors, self._reference(), masks=kept)
+
+    def _reference(self):
+        return reference.swiglu_lora if self.up else reference.lora_group
+
+
+def run(case, tensors, incoming=random_incoming):
+    """One forward and one backward, unjudged."""
+    leaves = _leaves(tensors)
+    results = case.ours(leaves)
+    return _figures(results, leaves, incoming(results))
+
+
+def check(case, make=None, incoming=random_incoming, seen=None):
+    """Outputs and gradients within the budget, under the masks that ours drew; the last ones are returned."""
+    make = make or case.make
+    budgets = {}
+    for _ in range(1 if seen else DRAWS):
+        tensors = make()
+        leaves = _leaves(seen(tensors) if seen else tensors)
+        with Drawn() as drawn:
+            results = case.ours(leaves)
+        gradients = incoming(results)
+        ours = _figures(results, leaves, gradients)
+        leaves = _leaves(tensors)
+        eager = _figures(case.witness(leaves, [m.to(case.dtype) for m in drawn.masks]), leaves, gradients)
+        leaves = _leaves(tensors, torch.float64)
+        truth = _figures(case.witness(leaves, drawn.masks), leaves, gradients)
+        for name, expected in truth.items():
+            assert (ours[name] is None) == (expected is None), f"{name}: {ours[name]}, needs {expected}"
+            if expected is not None:
+                assert ours[name].dtype == eager[name].dtype, name
+                budgets.setdefault(name, Budget(name)).add(ours[name], eager[name], expected)
+        excesses = [excess for budget in budgets.values() if (excess := budget.excess())]
+        if not excesses:
+            return ours
+    raise AssertionError("\n".join(excesses))
+
+
+DTYPES = pytest.mark.parametrize("dtype", FLOATS, ids=str)
+NORMED = {"norm": torch.float32, "bias": False}
+DOWN = {"N": (33,), "ranks": ((4,),), "up": True}
+
+
+@DTYPES
+@pytest.mark.parametrize(("M", "K"), [(1, 16), (5, 40), (7, 33), (0, 40), (37, 70)])
+@pytest.mark.parametrize("kind", ["plain", "norm", "swiglu"])
+def test_sizes(kind, M, K, dtype):
+    more = {"plain": {}, "norm": {"norm": dtype}, "swiglu": DOWN}[kind]
+    check(Case(M, K, dtype=dtype, **more))
+
+
+@DTYPES
+@pytest.mark.parametrize("ranks", [((),), ((1,),), ((65,),), ((2, 3),), ((1,), ()), ((), (17,)), ((1, 65), (), (16,))])
+def test_ranks(ranks, dtype):
+    """None, one or two adapters to each of one, two or three projections."""
+    check(Case(N=(24, 33, 17)[: len(ranks)], ranks=ranks, dtype=dtype))
+
+
+@DTYPES
+def test_large_products(dtype):
+    """More than one tile along every dimension.
+
+    No rank below 16: a BLAS may sum a narrow product in more accumulators than the stacked one that we ask it for.
+    """
+    check(Case(130, 140, (150, 33), ((17,), (16,)), dtype=dtype))
+
+
+@DTYPES
+@pytest.mark.parametrize("rate", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("kind", ["plain", "norm", "swiglu"])
+def test_dropout(kind, rate, dtype):
+    more = {"plain": {}, "norm": {"norm": dtype}, "swiglu": {**DOWN, "ranks": ((4, 3),)}}[kind]
+    ours = check(Case(9, 37, rate=rate, dtype=dtype, **more))
+    if rate == 1:
+        assert not ours["da00"].any() and not ours["db00"].any()
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+@pytest.mark.parametrize("kind", [{}, {"norm": torch.float32, "x": torch.float32}, DOWN], ids=["plain", "norm", "swiglu"])
+def test_fp32_masters(kind, dtype):
+    """Adapters in fp32 over a narrower base: their gradients are fp32 sums. Also an fp32 x behind the norm."""
+    ours = check(Case(37, 70, dtype=dtype, adapters=torch.float32, **kind))
+    assert ours["da00"].dtype == ours["db00"].dtype == torch.float32
+
+
+def test_gradients_of_masters_are_not_rounded():
+    """The sums over tokens keep bits that bf16 does not have, those of an fp32 bias too."""
+    case = Case(37, 70, dtype=torch.bfloat16, adapters=torch.float32, train=EVERYTHING)
+    tensors = case.make()
+    tensors["bias0"] = torch.randn(24).requires_grad_()
+    ours = run(case, tensors)
+    for name in ("da00", "db00", "db10", "da11", "dbias0"):
+        rounded = (ours[name] == ours[name].bfloat16()).double().mean()
+        assert rounded < 0.05, f"{name}: {rounded:.0%} of the elements are bf16 numbers"
+
+
+@DTYPES
+@pytest.mark.parametrize("norm", ["same", "fp32"])
+@pytest.mark.parametrize("train", [f"^x|{ADAPTERS}", EVERYTHING, "norm_weight", ADAPTERS, "weight"])
+def test_norm(train, norm, dtype):
+    """A norm weight in the dtype of x or in fp32; frozen, training, and alone in training."""
+    weight = dtype if norm == "same" else torch.float32
+    ours = check(Case(7, 37, dtype=dtype, norm=weight, train=train))
+    assert len(ours) - len(Case(norm=dtype).make()) == 4, "three projections, and x itself last"
+
+
+@DTYPES
+@pytest.mark.parametrize("residual", ["same", "fp32"])
+@pytest.mark.parametrize("kind", [{"N": (33,), "ranks": ((4,),)}, DOWN], ids=["plain", "swiglu"])
+def test_residual(kind, residual, dtype):
+    """The output takes the residual's dtype."""
+    wide = dtype if residual == "same" else torch.float32
+    ours = check(Case(7, 37, dtype=dtype, residual=wide, **kind))
+    assert ours["output 0"].dtype == ours["dresidual"].dtype == wide
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
+@pytest.mark.parametrize("carried", [True, False])
+def test_gradient_of_the_carried_x(carried, dtype):
+    """Only through the projections, only through x, or both; the rest of the network decides."""
+
+    def only(results):
+        return tuple(torch.randn_like(r) if (r.shape[1] == 40) == carried else torch.zeros_like(r) for r in results)
+
+    case = Case(7, 40, (24, 33), ((4,), (3,)), dtype=dtype, norm=dtype)
+    ours = check(case, incoming=only)
+    assert bool(ours["da00"].any()) is not carried
+
+
+SUBSETS = ["nothing", "^x", ADAPTERS, r"b\d\d", r"^x|b\d\d", r"a\d\d", "weight1", "bias0", "a00|b11", "up", "residual"]
+
+
+@pytest.mark.parametrize("train", [*SUBSETS, EVERYTHING])
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_only_some_gradients(rate, train):
+    """The first layer's x, LoRA-FA's A, weights that train, and nothing at all."""
+    check(Case(rate=rate, train=train))
+    check(Case(rate=rate, train=train, residual=torch.float32, **DOWN))
+
+
+@pytest.mark.skipif(not INTERPRET, reason="the Triton launcher's choice")
+@pytest.mark.parametrize("method", ["triton", "addmm", "augmented"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_every_way_to_multiply(dtype, method, monkeypatch):
+    monkeypatch.setenv("FASTLORA_GEMM", method)
+    check(Case(dtype=dtype, adapters=torch.float32, norm=dtype, rate=0.3))
+    check(Case(dtype=dtype, residual=torch.float32, **DOWN))
+
+
+@pytest.mark.parametrize("operand", ["x", "weight1", "bias0", "a00", "a11", "b00", "b11", "norm_weight"])
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
+def test_the_budget_sees_a_perturbed(dtype, operand):
+    case = Case(17, 40, dtype=dtype, norm=None if operand == "x" else dtype, train=EVERYTHING)
+    check(case)
+    with pytest.raises(AssertionError, match="over budget"):
+        check(case, seen=perturbing(operand))
+
+
+@pytest.mark.parametrize("operand", ["x", "up", "weight0", "a00", "b00", "residual"])
+def test_the_budget_sees_a_perturbed_half(operand):
+    case = Case(17, 40, residual=torch.float32, **DOWN)
+    check(case)
+    with pytest.raises(AssertionError, match="over budget"):
+        check(case, seen=perturbing(operand))
+
+
+def test_the_budget_sees_one_wrong_bit_of_a_mask(monkeypatch):
+    """One element of one mask, dropped for us and kept for the witness."""
+    case = Case(9, 37, rate=0.3)
+    to_ones = Drawn.__torch_dispatch__
+
+    def one_bit_off(self, func, types, args=(), kwargs=None):
+        before = len(self.masks)
+        out = to_ones(self, func, types, args, kwargs)
+        if before == 0 and self.masks:
+            self.masks[0][4, 30] = 1 - self.masks[0][4, 30]
+        return out
+
+    monkeypatch.setattr(Drawn, "__torch_dispatch__", one_bit_off)
+    with pytest.raises(AssertionError, match="over budget"):
+        check(case, seen=dict)
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
+def test_strides(dtype):
+    """Views, transposed and expanded tensors on every side, and leading dimensions."""
+    case = Case(6, 40, (24, 33), ((4,), (3,)), dtype=dtype, norm=dtype, rate=0.2, train=EVERYTHING)
+
+    def strided():
+        def view(t):
+            other = t.detach().repeat_interleave(2, -1)[..., ::2] if t.dim() == 1 else t.detach().t().clone().t()
+            return other.requires_grad_()
+
+        return {name: view(t) for name, t in case.make().items()}
+
+    check(case, strided)
+    check(case, incoming=lambda results: tuple(torch.randn(r.shape[::-1]).to(r.dtype).t() for r in results))
+    check(case, incoming=lambda results: tuple(torch.ones((), dtype=r.dtype).expand(r.shape) for r in results))
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 0)])
+def test_leading_dimensions(lead):
+    x, w, a, b = torch.randn(*lead, 8), torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
+    y, carried = lora_group(x, [Projection(w, None, (Branch(a, b),))], norm_weight=torch.ones(8))
+    assert y.shape == (*lead, 6) and carried.shape == x.shape
+    assert swiglu_lora(x, x, Projection(w, None, (Branch(a, b),))).shape == (*lead, 6)
+    assert torch.equal(carried, x)
+
+
+@pytest.mark.parametrize("kind", [{"norm": torch.float32}, {}, DOWN], ids=["norm", "plain", "swiglu"])
+def test_autocast(kind):
+    """fp32 weights under autocast are the bf16 result; x, where a norm reads it, stays fp32."""
+    case = Case(9, 37, rate=0.3, residual=torch.float32 if "up" in kind else None, **kind)
+    half = case._replace(dtype=torch.bfloat16, adapters=torch.float32, x=torch.float32 if "norm" in kind else None)
+    tensors = half.make()
+    wide = {n: t.detach().float().requires_grad_(t.requires_grad) for n, t in tensors.items()}
+    if "up" in kind:
+        wide |= {name: tensors[name] for name in ("x", "up")}
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = case.ours(leaves := _leaves(wide))
+    incoming = random_incoming(results)
+    under = _figures(results, leaves, incoming)
+    torch.manual_seed(1)
+    plain = run(half, tensors, lambda results: incoming)
+    assert under["output 0"].dtype == (torch.float32 if "up" in kind else torch.bfloat16)
+    for name, t in plain.items():
+        assert t is None or torch.equal(under[name], t.to(under[name].dtype)), name
+
+
+@pytest.mark.parametrize("kind", ["plain", "norm", "swiglu"])
+def test_two_runs_of_one_seed_are_bit_identical(kind):
+    more = {"plain": {}, "norm": {"norm": torch.bfloat16}, "swiglu": DOWN}[kind]
+    case = Case(530 if kind == "plain" else 40, 40, rate=0.3, dtype=torch.bfloat16, adapters=torch.float32, train=EVERYTHING, **more)
+    tensors = case.make()
+
+    def once(seed):
+        torch.manual_seed(seed)
+        return run(case, tensors)
+
+    first, second, other = once(1), once(1), once(2)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["output 0"], other["output 0"])
+
+
+def test_independent_masks_of_torchs_generator():
+    """One mask per adapter that drops; without dropout the generator is left alone."""
+    case = Case(64, 64, (24, 24), ((4,), (4,)), rate=0.5)
+    tensors = case.make()
+    state = torch.get_rng_state()
+    case._replace(rate=0.0).ours(tensors)
+    assert torch.equal(torch.get_rng_state(), state)
+    with Drawn() as drawn:
+        case.ours(tensors)
+        case.ours(tensors)
+    assert not torch.equal(torch.get_rng_state(), state)
+    assert len({mask.numpy().tobytes() for mask in drawn.masks}) == 4
+
+
+RUNS = {"lora_gemm": 1, "lora_project_t": 1, "lora_gemm_t": 1, "lora_reduce": 1, "lora_reduce_t": 1}
+
+
+@pytest.mark.parametrize(
+    ("case", "more"),
+    [
+        (Case(), {"lora_project": 1}),
+        (Case(norm=torch.float32), {"rms_norm_project": 1, "rms_norm_bwd": 1}),
+        (Case(**DOWN), {"swiglu_project": 1, "swiglu_bwd": 1}),
+    ],
+    ids=["plain", "norm", "swiglu"],
+)
+def test_one_pass_over_x(case, more):
+    """However many projections and adapters: each operator runs once, and no other."""
+
+    def op(**tensors):
+        return case.ours(tensors)
+
+    assert called(op, case.make()) == RUNS | more
+    counts = called(op, case._replace(rate=0.5).make())
+    assert {name: n for name, n in counts.items() if "mask" not in name} == RUNS | more
+
+
+def saved(case):
+    """Storages that the graph keeps for backward and that are no argument: name, and bytes."""
+    kept = {}
+    tensors = case.make()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t) is None or t, lambda t: t):
+        case.ours(tensors)
+    arguments = {t.data_ptr() for t in tensors.values()}
+    found = {key: t for key, t in kept.items() if t.numel()}
+    inputs = [n for n in ("x", "up") if n in tensors and tensors[n].data_ptr() in found]
+    return inputs, sorted(t.nbytes for key, t in found.items() if key not in arguments)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["plain", "norm", "swiglu"])
+def test_what_is_saved(kind, rate):
+    """x (and up), rank-sized s, one number per row, and masks of one bit per element: nothing else of M × K."""
+    M, K, dtype = 64, 80, torch.bfloat16
+    groups = {"N": (96, 32, 96), "ranks": ((4,), (8,), ())}
+    more = {"plain": groups, "norm": groups | {"norm": dtype}, "swiglu": {**DOWN, "N": (96,)}}[kind]
+    case = Case(M, K, rate=rate, dtype=dtype, adapters=torch.float32, bias=False, **more)
+    inputs, others = saved(case)
+    assert inputs == (["x", "up"] if kind == "swiglu" else ["x"])
+    R = sum(map(sum, case.ranks))
+    expected = [M * R * 2] + [M * 4] * (kind == "norm")
+    expected += [M * K // 8] * (sum(map(len, case.ranks)) if rate else 0)
+    assert others == sorted(expected)
+
+
+@pytest.mark.parametrize(("train", "inputs"), [(r"^x|b\d\d", []), (r"^x|a\d\d", ["x"]), ("^x|weight0", ["x"])])
+def test_x_is_saved_for_those_who_train(train, inputs):
+    """With every A frozen (LoRA-FA) and no adapter at all, nothing needs it."""
+    assert saved(Case(64, 80, bias=False, ranks=((4,), (8,), ()), train=train))[0] == inputs
+    assert saved(Case(64, 80, bias=False, ranks=((), (), ()), train="^x"))[0] == []
+
+
+def projection(N=24, K=40, R=4, **change):
+    fields = {"weight": torch.ones(N, K), "bias": None, "a": torch.ones(R, K), "b": torch.ones(N, R), "rate": 0.0}
+    fields |= change
+    return Projection(fields["weight"], fields["bias"], (Branch(fields["a"], fields["b"], 1.0, fields["rate"]),))
+
+
+@pytest.mark.parametrize(
+    ("x", "change", "options", "error", "message"),
+    [
+        (torch.ones(5, 40).double(), {}, {}, TypeError, "x is float64, needs float32 or"),
+        (torch.ones(5, 40).bfloat16(), {}, {}, TypeError, "x is bfloat16, needs float32 to match the weights"),
+        (torch.ones(5, 39), {}, {}, ValueError, r"projections\[0\].weight has shape \(24, 40\), needs \(any, 39\)"),
+        (None, {"bias": torch.ones(23)}, {}, ValueError, r"projections\[1\].bias has shape \(23,\), needs \(24\)"),
+        (None, {"a": torch.ones(4, 39)}, {}, ValueError, r"projections\[1\].a has shape \(4, 39\), needs \(any, 40\)"),
+        (None, {"b": torch.ones(24, 5)}, {}, ValueError, r"projections\[1\].b has shape \(24, 5\), needs \(24, 4\)"),
+        (None, {"R": 513}, {}, ValueError, r"projections\[1\].a has rank 513, needs a rank from 1 to 512"),
+        (None, {"a": torch.ones(4, 40).half()}, {}, TypeError, r"projections\[1\].a is float16, needs float32"),
+        (None, {"b": torch.ones(24, 4).half()}, {}, TypeError, r"projections\[1\].b is float16, needs float32 to match"),
+        (None, {"weight": torch.ones(24, 40).half()}, {}, TypeError, r"projections\[1\].weight is float16, needs float32"),
+        (None, {"rate": 1.5}, {}, ValueError, r"projections\[1\].dropout is 1.5, needs a probability from 0 to 1"),
+        (None, {"rate": -0.1}, {}, ValueError, r"projections\[1\].dropout is -0.1, needs"),
+        (None, {"a": torch.ones(4, 40, device="meta")}, {}, ValueError, r"projections\[1\].a is on meta, needs cpu"),
+        (None, {}, {"norm_weight": torch.ones(39)}, ValueError, r"norm_weight has shape \(39,\), needs \(40\)"),
+        (None, {}, {"norm_weight": torch.ones(40).half()}, TypeError, "norm_weight is float16, needs float32"),
+        (None, {}, {"residual": torch.ones(5, 24)}, ValueError, "residual goes with one projection, got 2"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_argument(x, change, options, error, message):
+    x = torch.ones(5, 40) if x is None else x
+    with pytest.raises(error, match="lora_group: " + message):
+        lora_group(x, [projection(), projection(**change)], **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"gate": torch.ones(5, 40).double()}, TypeError, "gate is float64, needs float32 or"),
+        ({"up": torch.ones(5, 41)}, ValueError, r"up has shape \(5, 41\), needs \(5, 40\) to match gate"),
+        ({"up": torch.ones(5, 40).half()}, TypeError, "up is float16, needs float32 to match gate"),
+        ({"up": torch.ones(5, 40, device="meta")}, ValueError, "up is on meta, needs cpu, the device of gate"),
+        ({"gate": torch.ones(5, 40).half(), "up": torch.ones(5, 40).half()}, TypeError, "gate is float16, needs float32"),
+        ({"projection": projection(K=41)}, ValueError, r"projections\[0\].weight has shape \(24, 41\), needs \(any, 40\)"),
+        ({"residual": torch.ones(5, 25)}, ValueError, r"residual has shape \(5, 25\), needs \(5, 24\)"),
+    ],
+)  # fmt: skip
+def test_errors_of_the_second_half(change, error, message):
+    good = {"gate": torch.ones(5, 40), "up": torch.ones(5, 40), "projection": projection()}
+    with pytest.raises(error, match="swiglu_lora: " + message):
+        swiglu_lora(**good | change)
+
+
+def test_no_projections():
+    with pytest.raises(ValueError, match="lora_group: projections is empty, needs at least one"):
+        lora_group(torch.ones(5, 40), [])

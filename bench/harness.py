@@ -94,29 +94,31 @@ def thunk(case: Case, run: Function, inputs: Inputs, mode: str) -> Thunk:
 
 
 def interleave(
-    thunks: dict[str, Thunk], device: str, seconds: float, clock: Clock = time.perf_counter, least: int = 5
+    thunks: dict[str, Thunk],
+    device: str,
+    seconds: float,
+    clock: Clock = time.perf_counter,
+    least: int = 5,
+    warm: int = 2,
 ) -> dict[str, list[float]]:
-    """Times in ms, at least ``least`` of each, in turns for about ``seconds`` in all."""
+    """Times in ms, in turns for about ``seconds`` in all, ``least`` of each at least, after ``warm`` calls of each."""
     if not thunks:
         return {}
     flush = torch.empty(_FLUSH_BYTES[device] // 4, dtype=torch.float32, device=device)
     order = list(thunks)
     for name in order:
-        for _ in range(2):
+        for _ in range(warm):
             thunks[name]()
     synchronize(device)
-    start = clock()
-    for name in order:
-        flush.zero_()
-        thunks[name]()
-    synchronize(device)
-    rounds = min(_MOST_ROUNDS, max(least, int(seconds / max(clock() - start, 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in order}
     shuffle = random.Random(0).shuffle
-    for _ in range(rounds):
+    one_round = _time_on_gpu if device == "cuda" else _time_on_cpu
+    start = clock()
+    for i in range(_MOST_ROUNDS):
+        if i >= least and clock() - start >= seconds:
+            break
         shuffle(order)
-        one = _time_on_gpu if device == "cuda" else _time_on_cpu
-        for name, ms in one(thunks, order, flush, clock).items():
+        for name, ms in one_round(thunks, order, flush, clock).items():
             times[name].append(ms)
     return times
 

@@ -17,6 +17,7 @@ _COLOURS = {
     "liger": "#8d6a9f", "liger-bf16": "#b79cc4",
 }  # fmt: skip
 _OTHERS = "#9a9a9a"
+_MODES = {"forward": "forward", "full": "forward and backward"}
 
 
 def colour(provider: str) -> str:
@@ -137,7 +138,14 @@ def _ops(records: list[Record]):
             [r[field]["p80"] - r[field]["median"] for r in some],
         ]
         shape = re.sub(r"(kv_)?heads", lambda m: "Hk" if m.group(1) else "Hq", key[2])
-        _bars(axis, some, values, errors, f"{key[1]}, {key[3]}\n{shape}", f"{field.replace('_', ' ')}, {key[4]}")
+        _bars(
+            axis,
+            some,
+            values,
+            errors,
+            f"{key[1]}, {key[3]}\n{shape}",
+            f"{'CUDA graph ms' if field == 'graph_ms' else 'ms'}, {_MODES[key[4]]}",
+        )
         axis.axvline(some[0]["floor_ms"], color="black", lw=1, ls="--")
     figure.suptitle("dashed: the floor, from measured copy bandwidth and matrix product rate", fontsize=9)
     figure.tight_layout()
@@ -152,7 +160,7 @@ def _roofline(records: list[Record]):
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7.2, 4.6))
-    markers = dict(zip(dict.fromkeys(r["op"] for r in shown), "os^DvPX*<>hd", strict=False))
+    markers = dict(zip(dict.fromkeys(r["op"] for r in shown), "os^DvPX*<>hdp8H" * 2, strict=False))
     for r in shown:
         axis.loglog(
             r["flops"] / r["bytes"], r["flops"] / _best(r) / 1e6, markers[r["op"]], color=colour(r["provider"]),

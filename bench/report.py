@@ -96,6 +96,8 @@ def machine_text(machines: list[Record]) -> str:
 def train_step(records: list[Record]) -> str:
     """One table per setting, providers by speed; who could not run, and why, beneath."""
     parts = []
+    # Memory may have been measured by a run of its own.
+    peaks = {(group(r), r["provider"]): r["peak_bytes"] for r in records if r.get("peak_bytes")}
     for key, some in grouped(records, "train_step").items():
         if not any(r.get("ms") for r in some):
             continue
@@ -111,7 +113,7 @@ def train_step(records: list[Record]) -> str:
                     f"{eager / ms['median']:.2f}×" if eager else "",
                     f"{r['fraction']:.0%}",
                     f"{r['mfu']:.0%}",
-                    f"{r['peak_bytes'] / 2**20:,.0f}" if r.get("peak_bytes") else "",
+                    f"{peak / 2**20:,.0f}" if (peak := peaks.get((key, r["provider"]))) else "",
                     str(r.get("largest_batch", "")),
                 )
             )

@@ -25,15 +25,15 @@ from .step_providers import BY_NAME
 from .training import Setting
 
 _CPU = ("peft", "peft-bf16", "peft-compile", "peft-compile-layers", "liger", "fastlora")
-# What `--suite` stands for: lists of arguments, run one after the other into one results file.
-SUITES: dict[str, list[list[str]]] = {
-    "readme": [
-        ["--model", "small", "--tokens", "4x512,1x2048", "--dtype", "bfloat16", "--seconds", "55"],
-        ["--model", "small", "--tokens", "4x512,1x2048", "--dtype", "float32", "--seconds", "75"],
-        # For the plot of memory against tokens.
-        ["--model", "small", "--tokens", "1x512,2x512", "--dtype", "bfloat16", "--memory", "only"],
-    ],
-    "quick": [["--model", "tiny", "--tokens", "2x32", "--seconds", "1"]],
+_SMALL = ["--model", "small", "--tokens", "4x512,1x2048"]
+_FP32 = ["--dtype", "float32", "--providers", "peft,peft-compile-layers,liger,fastlora"]
+_MEMORY = ["--model", "small", "--memory", "only", "--providers", "peft,peft-bf16,peft-compile-layers,fastlora"]
+# What `--suite` stands for: arguments by the name of their results file; readme is all the readme_ ones.
+SUITES = {
+    "readme_bf16": [*_SMALL, "--dtype", "bfloat16", "--seconds", "45", "--memory", "off"],
+    "readme_fp32": [*_SMALL, *_FP32, "--seconds", "45", "--memory", "off"],
+    "readme_memory": [*_MEMORY, "--tokens", "1x512,2x512,4x512"],
+    "quick": ["--model", "tiny", "--tokens", "2x32", "--seconds", "1"],
 }
 
 
@@ -45,17 +45,19 @@ def main(argv: list[str]) -> int:
         print(json.dumps(_memory_of(args)))
         return 0
     start = time.monotonic()
-    sink = open_sink(args, args.name)
-    sets = [parser.parse_args([*argv, *more]) for more in SUITES[args.suite]] if args.suite else [args]
-    red = sum(_run(one, sink) for one in sets)
-    print(f"{len(sink.records)} measurements in {time.monotonic() - start:.0f} s: {sink.path}")
+    red = 0
+    for suite in [name for name in SUITES if args.suite and name.startswith(args.suite)] or [None]:
+        one = parser.parse_args([*argv, *SUITES[suite]]) if suite else args
+        sink = open_sink(one, suite or one.name)
+        red += _run(one, sink)
+        print(f"{len(sink.records)} measurements, {time.monotonic() - start:.0f} s: {sink.path}")
     return min(red, 1)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = new_parser("train_step", (__doc__ or "").replace("FORMULA", models.FORMULA))
     add = parser.add_argument
-    add("--suite", choices=SUITES, help="a fixed set of measurements, in place of the options below")
+    add("--suite", choices=("readme", *SUITES), help="a fixed set of measurements, in place of the options below")
     add("--model", default="small", help=f"among {', '.join(models.SHAPES)}; several with commas")
     add("--tokens", type=_sizes, default=_sizes("4x512"), help="rows × sequence, as 4x512,1x2048")
     add("--layers", type=int, help="layers of the model (default: all, on a GPU as many as memory allows)")

@@ -116,7 +116,7 @@ def demo(
     out: Annotated[
         str | None, typer.Option(help="Empty directory for the results.  [default: a temporary one]")
     ] = None,
-    steps: Annotated[int, typer.Option(min=2, help="Training steps of each run.")] = 120,
+    steps: Annotated[int, typer.Option(min=2, help="Training steps of each run.")] = 200,
 ) -> None:
     """Train a small Llama with and without fastlora and compare. No download, no GPU, about three minutes."""
     from .demo import demo as run

@@ -26,7 +26,7 @@ from .train import quiet
 # As many rows as a model this small learns in these steps.
 ROWS = 64
 BASE_STEPS = 250
-BATCH = 8
+BATCH = 4
 FLAGS = ["--rank", "32", "--alpha", "32", "--lr", "3e-3", "--batch-size", str(BATCH), "--grad-accum", "1"]
 # The eager attention of transformers instead of PyTorch's: the same sums in another order. How far the two unpatched
 # curves part is what float32 itself leaves open.
@@ -49,8 +49,8 @@ def demo(out: str | None, steps: int, console: Console) -> None:
     rows = read_rows(data)
     base = directory / "base"
     quiet(bars=False)
-    console.print(f"[1/5] A small Llama with random weights first learns the words of {ROWS} questions and answers,")
-    console.print("      each apart and in any order. This is outside the comparison.")
+    console.print(f"[1/5] A small Llama with random weights first reads {ROWS} questions and answers as plain text:")
+    console.print("      a frozen model that knows no language has nothing to adapt. Outside the comparison.")
     _make_base(rows, base, console)
 
     reports = {}
@@ -90,7 +90,7 @@ def _directory(out: str | None) -> Path:
 
 
 def _make_base(rows: Rows, path: Path, console: Console) -> None:
-    texts = [message["content"] for row in rows.rows for message in row["messages"]]
+    texts = ["\n".join(message["content"] for message in row["messages"]) for row in rows.rows]
     columns = (BarColumn(), TextColumn("step {task.completed}/{task.total}  {task.fields[note]}"))
     last = 0.0
     with Progress("     ", *columns, console=console, disable=not console.is_terminal) as bar:
@@ -150,7 +150,7 @@ def _use_adapter(base: Path, adapter: Path, rows: Rows) -> tuple[float, float, s
     tokenizer.pad_token = tokenizer.eos_token
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).to(device).eval()
-    chats = [row["messages"] for row in rows.rows[:BATCH]]
+    chats = [row["messages"] for row in rows.rows[:8]]
     batch = tokenizer.apply_chat_template(chats, return_dict=True, return_tensors="pt", padding=True).to(device)
     with torch.no_grad():
         plain = model(**batch).logits

@@ -32,8 +32,7 @@ def make_tokenizer(texts: Sequence[str]) -> Any:
 def make_base(texts: Sequence[str], steps: int, path: Path, on_step: Callable[[int, float], None]) -> None:
     """Train a four-layer Llama from random weights on `texts` and save it with its tokenizer in `path`.
 
-    Every step sees the texts in another order, joined: the model learns the language, not which text follows which.
-    LoRA needs this, because a frozen model with random weights has nothing to adapt.
+    Plain text, no chat format, every weight trains: what a base model is to the LoRA that follows.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -75,14 +75,22 @@ def attend(
 
 
 def _packed(position_ids: torch.Tensor | None, batch: int) -> torch.Tensor | None:
-    """position_ids if they hold more than one sequence in a row; asked once per forward, since a GPU must answer."""
-    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[0] != batch:
+    """position_ids if they hold more than one sequence in a row: asked once per forward, since a GPU must answer.
+
+    A traced graph cannot ask, and takes them as they are.
+    """
+    if position_ids is None or position_ids.dim() != 2:
         return None
-    packed = getattr(position_ids, "_fastlora_packed", None)
-    if packed is None:
-        packed = bool((position_ids.diff(dim=-1) != 1).any())
-        position_ids._fastlora_packed = packed  # type: ignore[attr-defined]
-    return position_ids if packed else None
+    if not torch.compiler.is_compiling():
+        # The answer stays on the tensor until it is written to; inference tensors do not tell when.
+        version = None if position_ids.is_inference() else position_ids._version
+        known, packed = getattr(position_ids, "_fastlora_packed", (None, False))
+        if known is None or known != version:
+            packed = bool((position_ids.diff(dim=-1) != 1).any())
+            position_ids._fastlora_packed = version, packed  # type: ignore[attr-defined]
+        if not packed:
+            return None
+    return position_ids.expand(batch, -1)
 
 
 def _why_not(query, key, mask, positions, window, dropout) -> str | None:

@@ -152,7 +152,7 @@ RSTD = meta(M, dtype=torch.float32)
 ROWS = 10 * rms_norm._DW_PROGRAMS + 1
 WIDE, FEW, WIDE_MASK = meta(ROWS, 2**20), meta(ROWS, 16), meta(ROWS, 2**17, dtype=torch.uint8)
 # Parameters of a size no model has: strides below 2³¹ and a product above it.
-NARROW, RANK, TALL, LONG = meta(64, 17), meta(64, 17), meta(2**27 + 8, 17), meta(17, 2**27 + 8)
+NARROW, RANK, TALL, LONG = meta(64, 80), meta(64, 80), meta(2**27 + 8, 80), meta(80, 2**27 + 8)
 # Attention loops over tokens: few of them, far apart in the batch or by heads.
 ROWS_APART = meta(520, 260, 32, 512)[..., :128].transpose(1, 2)
 HEADS_APART = meta(1, 40, 64, 2**20)[..., :128]

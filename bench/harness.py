@@ -161,6 +161,12 @@ def capture_all(thunks: dict[str, Thunk]) -> tuple[dict[str, Thunk], dict[str, s
 
 
 def _capture(run: Thunk) -> Thunk:
+    # A capture that fails half-way can leave the allocator in its pool: see first whether the call waits for the GPU.
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -7,6 +7,7 @@ code is tested without a GPU. ``FASTLORA_CSRC=0`` leaves the extension unloaded.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -43,6 +44,21 @@ def _load_extension() -> str:
 
 csrc_state = _load_extension()
 
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, its own matrix products left in the dtypes it gives them: ops take autocast's dtype before this."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return function(*args)
+
+    return run
+
 
 def register(schema: str, *, triton: Callable[..., Any], aten: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Define ``fastlora::<schema>`` with its Triton launcher, its ATen composition and its shape function.
@@ -53,6 +69,7 @@ def register(schema: str, *, triton: Callable[..., Any], aten: Callable[..., Any
         aten: composition for the CPU key where csrc has no kernel of that name.
         fake: returns empty outputs of the right shapes, dtypes and strides, for tracing.
     """
+    triton, aten = _outside_autocast(triton), _outside_autocast(aten)
     name = _library.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
     _library.impl(name, triton, "CUDA")
     if INTERPRET:

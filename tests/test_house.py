@@ -76,7 +76,9 @@ def test_every_launch_passes_the_one_launch_function():
 
     def launches(path: Path) -> bool:
         calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
-        return any(isinstance(f, ast.Subscript) and isinstance(f.value, ast.Name) and "kernel" in f.value.id for f in calls)
+        return any(
+            isinstance(f, ast.Subscript) and isinstance(f.value, ast.Name) and "kernel" in f.value.id for f in calls
+        )
 
     assert [path.name for path in sources("kernels") if launches(path)] == ["_tl.py"]
 
@@ -92,7 +94,9 @@ def test_the_witness_knows_nobody_and_judges_from_outside():
 def test_no_file_outgrows_its_room(folder):
     files = [path for ending in ("py", "cpp", "h") for path in (ROOT / folder).rglob(f"*.{ending}")]
     assert files
-    large = {str(path.relative_to(ROOT)): lines for path in files if (lines := len(path.read_text().splitlines())) > LINES}
+    large = {
+        str(path.relative_to(ROOT)): lines for path in files if (lines := len(path.read_text().splitlines())) > LINES
+    }
     assert not large
 
 

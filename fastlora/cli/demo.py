@@ -10,7 +10,7 @@ import tempfile
 import time
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -25,9 +25,9 @@ from .train import quiet
 
 # As many rows as a model this small learns in these steps.
 ROWS = 64
-BASE_STEPS = 250
+BASE_STEPS = 200
 BATCH = 4
-FLAGS = ["--rank", "32", "--alpha", "32", "--lr", "3e-3", "--batch-size", str(BATCH), "--grad-accum", "1"]
+FLAGS = ["--rank", "32", "--alpha", "64", "--lr", "2e-3", "--batch-size", str(BATCH), "--grad-accum", "1"]
 # The eager attention of transformers instead of PyTorch's: the same sums in another order. How far the two unpatched
 # curves part is what float32 itself leaves open.
 RUNS = {
@@ -65,7 +65,7 @@ def demo(out: str | None, steps: int, console: Console) -> None:
         reports[name] = json.loads((target / "report.json").read_text(encoding="utf-8"))
 
     console.print("\n[5/5] The patched run's adapter, loaded into an unpatched and into a patched model")
-    distance, largest, question, answer, wanted = _use_adapter(base, directory / "patched", rows)
+    used = _use_adapter(base, directory / "patched", rows)
     console.print()
     console.print(_table(reports), markup=True)
     unpatched, eager, patched = ((name, report["loss"]) for name, report in reports.items())
@@ -74,8 +74,11 @@ def demo(out: str | None, steps: int, console: Console) -> None:
     ours, noise = _largest_difference(unpatched, patched), _largest_difference(unpatched, eager)
     console.print(f"\nLargest difference of the loss at a step, patched and unpatched: {ours:.1e}")
     console.print(f"  two unpatched runs that differ in nothing but summation order: {noise:.1e}")
-    console.print(f"Largest difference of a logit, one adapter in both models:       {distance:.1e}, of {largest:.1f}")
-    console.print(f"\nQuestion   {question}\nAnswer     {answer}\nIn the set {wanted}")
+    console.print(
+        f"Largest difference of a logit, one adapter in both models:       {used.difference:.1e}, of {used.largest:.1f}"
+    )
+    console.print(f"\nQuestion   {used.question}\nAnswer     {used.answer}\nIn the set {used.wanted}")
+    console.print(f"Answered word for word: {used.right} of {ROWS}; without the adapter {used.right_without}")
     console.print(f"\nLoss curves: {image}\nEverything else: {directory}   ({time.perf_counter() - began:.0f} s)")
 
 
@@ -138,8 +141,17 @@ def _table(reports: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def _use_adapter(base: Path, adapter: Path, rows: Rows) -> tuple[float, float, str, str, str]:
-    """(largest logit difference, largest logit, question, the unpatched model's answer, the set's answer)."""
+class _Use(NamedTuple):
+    difference: float  # the largest of a logit, between an unpatched and a patched model
+    largest: float  # the largest logit
+    question: str
+    answer: str  # of the unpatched model
+    wanted: str  # the set's answer
+    right: int  # answers of the unpatched model that are the set's, word for word
+    right_without: int  # the same of the base model, without the adapter
+
+
+def _use_adapter(base: Path, adapter: Path, rows: Rows) -> _Use:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -150,16 +162,29 @@ def _use_adapter(base: Path, adapter: Path, rows: Rows) -> tuple[float, float, s
     tokenizer.pad_token = tokenizer.eos_token
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).to(device).eval()
-    chats = [row["messages"] for row in rows.rows[:8]]
-    batch = tokenizer.apply_chat_template(chats, return_dict=True, return_tensors="pt", padding=True).to(device)
+    chats = [row["messages"] for row in rows.rows]
+
+    def encode(chats: list[Any]) -> Any:
+        return tokenizer.apply_chat_template(chats, return_dict=True, return_tensors="pt", padding=True).to(device)
+
+    def answers() -> list[str]:
+        asked = encode([chat[:-1] for chat in chats])
+        said = model.generate(**asked, max_new_tokens=96, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        texts = tokenizer.batch_decode(said[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def right(answers: list[str]) -> int:
+        return sum(answer == chat[-1]["content"] for answer, chat in zip(answers, chats, strict=True))
+
+    batch = encode(chats)
     with torch.no_grad():
         plain = model(**batch).logits
         with fastlora.patched(model):
             ours = model(**batch).logits
         real = batch["attention_mask"].bool()
-        prompt = chats[0][:-1]
-        asked = tokenizer.apply_chat_template(prompt, return_dict=True, return_tensors="pt").to(device)
-        said = model.generate(**asked, max_new_tokens=96, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    answer = tokenizer.decode(said[0, asked["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    distance = (plain - ours)[real].abs().max().item()
-    return distance, plain[real].abs().max().item(), prompt[-1]["content"], answer, chats[0][-1]["content"]
+        said = answers()
+        with model.disable_adapter():
+            without = right(answers())
+    difference, largest = (plain - ours)[real].abs().max().item(), plain[real].abs().max().item()
+    question, wanted = chats[0][-2]["content"], chats[0][-1]["content"]
+    return _Use(difference, largest, question, said[0], wanted, right(said), without)

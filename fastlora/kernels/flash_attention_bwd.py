@@ -95,9 +95,7 @@ def flash_attention_dq_kernel(
     o_m, o_d = i_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     shift = T_kv - T
     b_first = first_key(o_m, p_pos, T, shift, window, WINDOW) if LEFT else o_m
-    lo, lefts, wholes, edges = key_tiles(
-        i_m, o_m, b_first, p_pad, T, T_kv, shift, CAUSAL, LEFT, BLOCK_M, BLOCK_N
-    )
+    lo, lefts, wholes, edges = key_tiles(i_m, o_m, b_first, p_pad, T, T_kv, shift, CAUSAL, LEFT, BLOCK_M, BLOCK_N)
     b_do = load_rows(p_do, o_m, stride_dot, o_d, T, True, D, BLOCK_D)
     b_lse = tl.load(p_lse + o_m, mask=o_m < T, other=float("inf")) * LOG2E
     b_q = load_rows(p_q, o_m, stride_qt, o_d, T, True, D, BLOCK_D)
@@ -207,9 +205,7 @@ def flash_attention_dkdv_kernel(
     b_real = o_n < T_kv
     if p_pad is not None:
         b_real = tl.load(p_pad + i_b * stride_pad + o_n, mask=b_real, other=0) != 0
-    lo, lefts, wholes, edges = query_tiles(
-        i_n, b_real, p_pos, T, T_kv, shift, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
-    )
+    lo, lefts, wholes, edges = query_tiles(i_n, b_real, p_pos, T, T_kv, shift, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
     b_k = load_rows(p_k, o_n, stride_kt, o_d, T_kv, True, D, BLOCK_D)
     b_v = load_rows(p_v, o_n, stride_vt, o_d, T_kv, True, D, BLOCK_D)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)

@@ -57,9 +57,7 @@ def flash_attention_fwd_kernel(
     o_m, o_d = i_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     shift = T_kv - T
     b_first = first_key(o_m, p_pos, T, shift, window, WINDOW) if LEFT else o_m
-    lo, lefts, wholes, edges = key_tiles(
-        i_m, o_m, b_first, p_pad, T, T_kv, shift, CAUSAL, LEFT, BLOCK_M, BLOCK_N
-    )
+    lo, lefts, wholes, edges = key_tiles(i_m, o_m, b_first, p_pad, T, T_kv, shift, CAUSAL, LEFT, BLOCK_M, BLOCK_N)
     scale *= LOG2E
     b_q = load_rows(p_q, o_m, stride_qt, o_d, T, True, D, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)

@@ -8,22 +8,22 @@ from . import _check
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """factor · loss, per row or summed.
+    """loss / divisor, per row or summed.
 
-    The forward's gradient carries the mantissa of factor and the backward its power of two, which is exact: dlogits is
-    rounded at the size of a probability, so that small factors do not underflow in fp16 before a loss scale arrives.
+    The forward's gradient carries the mantissa of 1/divisor and the backward its power of two, which is exact: dlogits
+    is rounded at the size of a probability, so that it does not underflow in fp16 before a loss scale arrives.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, factor, ignore_index, summed, grad):
-        mantissa, exponent = torch.frexp(factor)
+    def forward(ctx, hidden, weight, labels, divisor, ignore_index, summed, grad):
+        mantissa, exponent = torch.frexp(1 / divisor)
         need_dh, need_dw = (grad and needed for needed in ctx.needs_input_grad[:2])
         loss, dh, dw = torch.ops.fastlora.linear_cross_entropy_fwd(
             hidden, weight, labels, mantissa, ignore_index, need_dh, need_dw
         )
         ctx.save_for_backward(dh, dw, exponent)
         ctx.weight_dtype = weight.dtype
-        return (loss.sum() if summed else loss) * factor
+        return (loss.sum() if summed else loss) / divisor
 
     @staticmethod
     @once_differentiable
@@ -86,16 +86,16 @@ def linear_cross_entropy(
         _check.shape(op, "num_items", num_items, (), "a single number")
     if reduction == "none" and weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: weight requires a gradient, needs reduction 'mean' or 'sum', got 'none'")
-    factor = torch.ones((), dtype=torch.float32, device=hidden.device)
+    divisor = torch.ones((), dtype=torch.float32, device=hidden.device)
     if num_items is not None:
-        factor = (factor / num_items).float()
+        divisor = (divisor * num_items).float()
     elif reduction == "mean":
         counted = (labels != ignore_index).sum()
-        factor = factor / counted.clamp(min=1)
+        divisor = divisor * counted.clamp(min=1)
     rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     flat = labels.reshape(-1).contiguous()
     grad = torch.is_grad_enabled()  # autograd asks for gradients under no_grad too
-    loss = _LinearCrossEntropy.apply(rows, weight, flat, factor, ignore_index, reduction != "none", grad)
+    loss = _LinearCrossEntropy.apply(rows, weight, flat, divisor, ignore_index, reduction != "none", grad)
     if reduction == "none":
         return loss.view(labels.shape)
     if reduction == "mean" and num_items is None:

@@ -22,11 +22,11 @@ if not INTERPRET:
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle, _get_np_dtype
 
+from fastlora.kernels import dropout, linear_cross_entropy, rms_norm, rope, swiglu
 from fastlora.kernels import flash_attention as attention
 from fastlora.kernels import lora_gemm as gemm
 from fastlora.kernels import lora_project as project
 from fastlora.kernels import lora_reduce as reduce
-from fastlora.kernels import dropout, linear_cross_entropy, rms_norm, rope, swiglu
 from fastlora.kernels._tl import tl, triton
 
 FAR = 2**31
@@ -99,7 +99,9 @@ class Spy:
         if pointer.high < 0:
             return False
         last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) * t.element_size()
-        assert pointer.high <= last, f"{kernel}: byte {pointer.high} of {tuple(t.shape)} {t.dtype}, which ends at {last}"
+        assert pointer.high <= last, (
+            f"{kernel}: byte {pointer.high} of {tuple(t.shape)} {t.dtype}, which ends at {last}"
+        )
         if last // t.element_size() >= FAR:
             assert pointer.high == last, f"{kernel}: {tuple(t.shape)} ends at byte {last}, touched up to {pointer.high}"
             assert pointer.low == 0, f"{kernel}: {tuple(t.shape)} is touched from byte {pointer.low} on"
@@ -125,7 +127,9 @@ def spy(monkeypatch):
     monkeypatch.setattr(GridExecutor, "_init_args_hst", lambda self, args, options: (args, options))
     monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *args: None)
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", load)
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", lambda b, p, value, mask, *rest: spy.record(b, p, mask))
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_masked_store", lambda b, p, value, mask, *rest: spy.record(b, p, mask)
+    )
     monkeypatch.setattr(InterpreterBuilder, "create_get_program_id", program_id)
     monkeypatch.setattr(InterpreterBuilder, "create_get_num_programs", num_programs)
     for path, module in list(sys.modules.items()):
@@ -224,5 +228,7 @@ def _short_kernel(p_x, H, BLOCK: tl.constexpr):
 
 @pytest.mark.parametrize("kernel", [_careless_kernel, _short_kernel])
 def test_an_offset_of_32_bits_is_noticed(kernel, spy):
-    with pytest.raises((InterpreterError, AssertionError), match="int32 overflow|an address of no tensor|touched up to"):
+    with pytest.raises(
+        (InterpreterError, AssertionError), match="int32 overflow|an address of no tensor|touched up to"
+    ):
         spy.launch(kernel, (M,), X, K, BLOCK=K)

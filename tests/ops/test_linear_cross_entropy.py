@@ -66,7 +66,8 @@ def test_num_items(num_items, dtype, chunks_of_eight):
     check(linear_cross_entropy, lambda: make(dtype=dtype), **options)
     tensors = make(dtype=dtype)
     tensor, number = (
-        run(linear_cross_entropy, tensors, lambda y: [torch.ones(())], num_items=n) for n in (num_items, float(num_items))
+        run(linear_cross_entropy, tensors, lambda y: [torch.ones(())], num_items=n)
+        for n in (num_items, float(num_items))
     )
     assert tensor["output 0"].dtype == torch.float32
     assert all(torch.equal(tensor[name], number[name]) for name in ("output 0", "dhidden"))
@@ -186,7 +187,9 @@ def test_runs_our_operators():
 def test_runs_our_rows_once_per_chunk(chunks_of_eight, monkeypatch):
     rows = []
     ours = torch.ops.fastlora.cross_entropy_rows
-    monkeypatch.setattr(torch.ops.fastlora, "cross_entropy_rows", lambda x, *rest: rows.append(len(x)) or ours(x, *rest))
+    monkeypatch.setattr(
+        torch.ops.fastlora, "cross_entropy_rows", lambda x, *rest: rows.append(len(x)) or ours(x, *rest)
+    )
     run(linear_cross_entropy, make(ignored=0.0))
     assert rows == [8, 8, 8, 8, 5]
 

@@ -168,7 +168,9 @@ def test_dropout(kind, rate, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
-@pytest.mark.parametrize("kind", [{}, {"norm": torch.float32, "x": torch.float32}, DOWN], ids=["plain", "norm", "swiglu"])
+@pytest.mark.parametrize(
+    "kind", [{}, {"norm": torch.float32, "x": torch.float32}, DOWN], ids=["plain", "norm", "swiglu"]
+)
 def test_fp32_masters(kind, dtype):
     """Adapters in fp32 over a narrower base: their gradients are fp32 sums. Also an fp32 x behind the norm."""
     ours = check(Case(37, 70, dtype=dtype, adapters=torch.float32, **kind))
@@ -323,7 +325,15 @@ def test_autocast(kind):
 @pytest.mark.parametrize("kind", ["plain", "norm", "swiglu"])
 def test_two_runs_of_one_seed_are_bit_identical(kind):
     more = {"plain": {}, "norm": {"norm": torch.bfloat16}, "swiglu": DOWN}[kind]
-    case = Case(530 if kind == "plain" else 40, 40, rate=0.3, dtype=torch.bfloat16, adapters=torch.float32, train=EVERYTHING, **more)
+    case = Case(
+        530 if kind == "plain" else 40,
+        40,
+        rate=0.3,
+        dtype=torch.bfloat16,
+        adapters=torch.float32,
+        train=EVERYTHING,
+        **more,
+    )
     tensors = case.make()
 
     def once(seed):

@@ -13,7 +13,7 @@ from torch import nn
 
 import fastlora
 
-from .tiny import VOCAB, Errors, assert_fused, assert_same, in_float64, llama, lora, step
+from .tiny import MANY, VOCAB, Errors, assert_fused, assert_same, in_float64, llama, lora, step
 
 
 class Mask(nn.Module):
@@ -49,7 +49,7 @@ def build(seed: int = 0, rate: float = 0.3) -> nn.Module:
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_results_under_the_same_masks(rate):
     errors, dropped = Errors(), []
-    for seed in range(8):
+    for seed in range(2 * MANY):
         model = build(seed, rate)
         unpatched = copy.deepcopy(model)
         ours = one_token(fastlora.patch(model), seed)

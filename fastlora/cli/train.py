@@ -6,6 +6,7 @@ import shlex
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,11 @@ def train(settings: Settings, resume: bool, argv: Sequence[str], console: Consol
 
     trainer, stop, speed, progress = _build(settings, rows, answers_only, console)
     from .measure import PeakMemory
+    from .trainer import Complete
 
     memory = PeakMemory()
     try:
-        with stop:
+        with stop, suppress(Complete):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         progress.close()
@@ -139,7 +141,7 @@ def _build(settings: Settings, rows: Rows, answers_only: bool, console: Console)
     from .measure import Speed
     from .models import load_model, load_tokenizer, one_device
     from .progress import ShowProgress
-    from .trainer import LoRATrainer, Measure, StopOnSignal
+    from .trainer import LoRATrainer, Measure, StopIfComplete, StopOnSignal
 
     device = one_device()
     tokenizer = load_tokenizer(settings.model)
@@ -157,7 +159,7 @@ def _build(settings: Settings, rows: Rows, answers_only: bool, console: Console)
             args=_arguments(settings, rows, answers_only, model),
             train_dataset=Dataset.from_list(rows.rows),
             processing_class=tokenizer,
-            callbacks=[stop, Measure(speed), progress],
+            callbacks=[StopIfComplete(), stop, Measure(speed), progress],
         )
     except ValueError as error:
         raise CommandError(f"TRL cannot train this: {first_line(error)}") from error

@@ -43,6 +43,19 @@ class LoRATrainer(SFTTrainer):
         return loss
 
 
+class Complete(Exception):
+    """The checkpoint to resume from is that of the last step."""
+
+
+class StopIfComplete(TrainerCallback):
+    """Raises `Complete` where no step is left: in the middle of an epoch the Trainer would train one more."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Compare the step with the last one."""
+        if state.global_step >= state.max_steps:
+            raise Complete
+
+
 class StopOnSignal(TrainerCallback):
     """A context in which SIGINT and SIGTERM end the training after the present step, with a checkpoint.
 

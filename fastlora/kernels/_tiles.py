@@ -31,11 +31,11 @@ class Tile:
 # Keyed by kernel and architecture; architecture 0 is the default. fp32 runs without tensor cores, in smaller tiles.
 _ROWS: dict[tuple[str, int], Tile] = {
     ("lora_gemm", 0): Tile(m=128, n=128, k=32, r=32, warps=4, stages=4),
-    ("lora_gemm", 80): Tile(m=128, n=256, k=64, r=32, warps=8, stages=4),
+    ("lora_gemm", 80): Tile(m=128, n=256, k=64, r=16, warps=8, stages=4),
     ("lora_gemm", 90): Tile(m=128, n=256, k=64, r=32, warps=8, stages=4),
     ("lora_gemm_fp32", 0): Tile(m=32, n=32, k=32, r=16, warps=4, stages=2),
     ("lora_gemm_t", 0): Tile(m=128, n=128, k=32, r=32, warps=4, stages=4),
-    ("lora_gemm_t", 80): Tile(m=128, n=256, k=64, r=32, warps=8, stages=4),
+    ("lora_gemm_t", 80): Tile(m=128, n=256, k=64, r=16, warps=8, stages=4),
     ("lora_gemm_t", 90): Tile(m=128, n=256, k=64, r=32, warps=8, stages=4),
     ("lora_gemm_t_fp32", 0): Tile(m=32, n=32, k=32, r=16, warps=4, stages=2),
     ("lora_gemm_t_dropout", 0): Tile(m=64, n=128, k=32, r=32, warps=8, stages=4),
@@ -58,7 +58,7 @@ _ROWS: dict[tuple[str, int], Tile] = {
     ("lora_reduce_fp32", 0): Tile(m=32, n=32, r=16, warps=4, stages=2),
     ("lora_reduce_dropout", 0): Tile(m=32, n=64, r=32, warps=4, stages=2),
     ("lora_reduce_dropout_fp32", 0): Tile(m=16, n=32, r=16, warps=4, stages=2),
-    ("lora_reduce_t", 0): Tile(m=64, n=128, warps=4, stages=3),
+    ("lora_reduce_t", 0): Tile(m=64, n=128, warps=8, stages=3),
     ("lora_reduce_t_fp32", 0): Tile(m=32, n=32, r=16, warps=4, stages=2),
     ("swiglu", 0): Tile(n=1024, warps=4),
     # Padding takes registers in the forward.

@@ -13,6 +13,7 @@ __all__ = [
     "Branch",
     "Projection",
     "dora",
+    "flash_attention",
     "linear_cross_entropy",
     "lora_group",
     "lora_linear",

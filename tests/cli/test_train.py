@@ -1,6 +1,7 @@
 """fastlora train end to end, each run in a process of its own."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,3 +120,14 @@ def test_resuming_a_complete_run_changes_nothing(flags, fastlora_cli, whole_run)
     assert again.returncode == 0, again.stderr
     assert f"already complete: step {STEPS}" in again.stdout
     assert (out / "report.json").read_bytes() == before
+
+
+def test_a_run_killed_before_its_report_gets_it_on_resume(flags, fastlora_cli, whole_run, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole_run[0], out)
+    (out / "report.json").unlink()
+    (out / "adapter_model.safetensors").unlink()
+    again = fastlora_cli(*flags, "--out", out, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert report(out)["loss"] == report(whole_run[0])["loss"]
+    assert (out / "adapter_model.safetensors").read_bytes() == (whole_run[0] / "adapter_model.safetensors").read_bytes()

@@ -3,7 +3,10 @@
 `pytest -s tests/kernels` prints what each takes.
 """
 
+import itertools
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 pytest.importorskip("triton")
 
-from aot import SHARED_LIMIT, compiling
+from kernels.aot import SHARED_LIMIT, Compiled, compiling
 
 from fastlora.kernels import (
     dropout,
@@ -106,32 +109,48 @@ def attention(model, dtype):
     flash_attention.flash_attention_fwd(q[:, :, :1], k, k, None, None, 0.1, True, None)
 
 
-# dtype of the base, of the adapters, rank, dropout: PEFT's fp32 masters over bf16 at every rank, the others at some.
+# dtype of the base, of the adapters, rank, dropout: most of PEFT's fp32 masters over bf16, some of the others.
 ADAPTERS = [
-    *((BF16, FP32, r, dropped) for r in (8, 16, 64, 128) for dropped in (False, True)),
-    *((BF16, BF16, r, False) for r in (16, 128)),
-    *((FP16, FP32, 16, dropped) for dropped in (False, True)),
-    *((FP32, FP32, r, dropped) for r in (16, 128) for dropped in (False, True)),
+    *((BF16, FP32, r, False) for r in (8, 16, 64, 128)),
+    *((BF16, FP32, r, True) for r in (16, 128)),
+    (BF16, BF16, 16, False),
+    (FP16, FP32, 64, False),
+    (FP32, FP32, 16, False),
+    (FP32, FP32, 128, True),
 ]
 LAUNCHES = {
-    "the rest": lambda: [without_adapters(model, dtype) for model in MODELS for dtype in (BF16, FP16, FP32)],
-    "attention": lambda: [attention(model, dtype) for model in MODELS for dtype in (BF16, FP16, FP32)],
-    **{
-        f"{str(dtype)[6:]}, {str(masters)[6:]} adapters of rank {r}{', dropout' * dropped}": (
-            lambda *adapters: lambda: [lora(model, *adapters) for model in MODELS]
-        )(dtype, masters, r, dropped)
-        for dtype, masters, r, dropped in ADAPTERS
-    },
+    "the rest": (without_adapters, [(dtype,) for dtype in (BF16, FP16, FP32)]),
+    "attention": (attention, [(dtype,) for dtype in (BF16, FP16, FP32)]),
 }
+for dtype, masters, r, dropped in ADAPTERS:
+    words = f"{str(dtype)[6:]}, {str(masters)[6:]} adapters of rank {r}{', dropout' * dropped}"
+    LAUNCHES[words] = lora, [(dtype, masters, r, dropped)]
+
+
+def resources(arch: int, name: str) -> list[Compiled]:
+    """What LAUNCHES[name] compiles to, for all models; in a process of its own."""
+    os.environ["FASTLORA_GEMM"] = "triton"
+    function, arguments = LAUNCHES[name]
+    with compiling(arch) as compiled:
+        for model in MODELS:
+            for one in arguments:
+                function(model, *one)
+    return sorted(compiled.values(), key=str)
+
+
+@pytest.fixture(scope="module")
+def compilations():
+    """All of them at once, on all processors; LAUNCHES that no test asks for are not waited for."""
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield {key: pool.submit(resources, *key) for key in itertools.product(SHARED_LIMIT, LAUNCHES)}
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
-def test_fits_the_registers_and_the_shared_memory_of(arch, name, monkeypatch):
-    monkeypatch.setenv("FASTLORA_GEMM", "triton")
-    with compiling(arch) as compiled:
-        LAUNCHES[name]()
-    print("", *sorted(map(str, compiled.values())), sep="\n")
+def test_fits_the_registers_and_the_shared_memory_of(arch, name, compilations):
+    compiled = compilations[arch, name].result()
+    print("", *compiled, sep="\n")
     assert compiled
-    over = [str(row) for row in compiled.values() if row.spilled or row.shared > SHARED_LIMIT[arch]]
+    over = [str(one) for one in compiled if one.spilled or one.shared > SHARED_LIMIT[arch]]
     assert not over, "\n".join(["over the limits:", *over])

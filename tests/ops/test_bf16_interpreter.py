@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import INTERPRET
+
+from fastlora.kernels._library import INTERPRET
 
 if not INTERPRET:
     pytest.skip("TRITON_INTERPRET=1 only", allow_module_level=True)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import INTERPRET
-from witness import check
+from ops.witness import check
 
 from fastlora import ops
+from fastlora.kernels._library import INTERPRET
 
 M, K, N, R = 6, 24, 40, 4
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
+from ops.witness import FLOATS, check, perturbing, run
 from torch.utils._python_dispatch import TorchDispatchMode
-from witness import FLOATS, check, perturbing, run
 
 from fastlora.ops import dora
 

@@ -8,9 +8,10 @@ import math
 
 import pytest
 import torch
-from conftest import INTERPRET
 from masks import unpack
-from witness import FLOATS
+from ops.witness import FLOATS
+
+from fastlora.kernels._library import INTERPRET
 
 M, K = (64, 256) if INTERPRET else (512, 1024)
 BOUND = 6.0

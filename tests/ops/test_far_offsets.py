@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from conftest import INTERPRET
+
+from fastlora.kernels._library import INTERPRET
 
 if not INTERPRET:
     pytest.skip("TRITON_INTERPRET=1 only", allow_module_level=True)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from witness import FLOATS, Calls, called, check, perturbing, run
+from ops.witness import FLOATS, Calls, called, check, perturbing, run
 
 from fastlora.kernels import linear_cross_entropy as kernels
 from fastlora.ops import linear_cross_entropy

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import pytest
 import torch
 from budget import Budget
-from conftest import INTERPRET
 from masks import Drawn
-from witness import DRAWS, FLOATS, _figures, _leaves, called, perturbing, random_incoming
+from ops.witness import DRAWS, FLOATS, _figures, _leaves, called, perturbing, random_incoming
 
 from fastlora import reference
+from fastlora.kernels._library import INTERPRET
 from fastlora.ops import Branch, Projection, lora_group, swiglu_lora
 
 ADAPTERS = r"[ab]\d\d"

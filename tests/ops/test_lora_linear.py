@@ -1,8 +1,8 @@
 import pytest
 import torch
-from conftest import INTERPRET
-from witness import FLOATS, called, check, perturbing, run
+from ops.witness import FLOATS, called, check, perturbing, run
 
+from fastlora.kernels._library import INTERPRET
 from fastlora.ops import lora_linear
 
 EVERYTHING = ("x", "weight", "lora_a", "lora_b", "bias")

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-from conftest import INTERPRET
 
 from fastlora import ops, reference
 from fastlora.kernels import _library
+from fastlora.kernels._library import INTERPRET
 
 M, K, N, R = 5, 24, 40, 4
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from witness import FLOATS, called, check, perturbing, run
+from ops.witness import FLOATS, called, check, perturbing, run
 
 from fastlora.ops import rms_norm
 

@@ -32,10 +32,11 @@ _NO_LAUNCH = {
 
 
 class Count(layer.TorchDispatchMode):
-    """Launches and bytes per class, and launches per name."""
+    """Launches and bytes per class, and launches per name, on one device: what the host computes is no launch."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "meta") -> None:
         super().__init__()
+        self._device = device
         self.launches: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
         self.names: Counter[str] = Counter()
@@ -48,9 +49,8 @@ class Count(layer.TorchDispatchMode):
         result = function(*args, **kwargs)
         name = function._opname
         if function.namespace == "aten" and name not in _NO_LAUNCH and not _is_view(function):
-            inputs = _tensors((args, kwargs))
-            outputs = _tensors(result)
-            if name in ("clone", "contiguous", "_to_copy", "copy_") or outputs:
+            inputs, outputs = _tensors((args, kwargs)), _tensors(result)
+            if any(t.device.type == self._device for t in outputs):
                 self._add(_aten_class(name, inputs), name, inputs + outputs)
         return result
 
@@ -75,7 +75,7 @@ class Count(layer.TorchDispatchMode):
 def count(provider: str, model: str, dtype: torch.dtype, tokens: int = 4096, rank: int = 16) -> Count:
     """One training step of one layer of a provider, counted."""
     one = layer.Layer(layer.BY_NAME[provider], models.shape(model), dtype, tokens, rank)
-    counter = Count()
+    counter = Count(one.x.device.type)
     with layer.traced(counter, counter.launch):
         one.backward(one.forward())
     return counter

@@ -1,5 +1,6 @@
 """Loading the model and the tokenizer, with one human line when it fails."""
 
+from pathlib import Path
 from typing import Any
 
 from .errors import CommandError, first_line
@@ -11,6 +12,7 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer of `name`. It must have an end-of-sequence token, else the model never learns to stop."""
     from transformers import AutoTokenizer
 
+    _check(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -20,10 +22,17 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
+def _check(name: str) -> None:
+    # What is no directory is taken for a name on the Hub, and the error would be about its spelling.
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise CommandError(f"--model {name}: no such directory")
+
+
 def load_config(name: str) -> Any:
     """The configuration of `name`."""
     from transformers import AutoConfig
 
+    _check(name)
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:

@@ -49,6 +49,8 @@ def train(settings: Settings, resume: bool, argv: Sequence[str], console: Consol
     from .measure import PeakMemory
     from .trainer import Complete
 
+    # Not before: a run that never began leaves its directory free.
+    write_json(Path(settings.out) / RUN_FILE, _identity(settings, rows))
     memory = PeakMemory()
     try:
         with stop, suppress(Complete):
@@ -96,17 +98,19 @@ def _answers_only(settings: Settings, rows: Rows) -> bool:
     return settings.answers_only is not False
 
 
+def _identity(settings: Settings, rows: Rows) -> dict[str, Any]:
+    return {**asdict(settings), "data": f"sha256 {rows.sha256}"}
+
+
 def _open(settings: Settings, rows: Rows, resume: bool, console: Console) -> Path | None:
-    """Make the run's directory, or find in it the checkpoint to resume from."""
+    """See that the run's directory is free, or find in it the checkpoint to resume from."""
     out = Path(settings.out)
     if out.exists() and not out.is_dir():
         raise CommandError(f"--out {out} is a file; it needs a directory")
-    identity = {**asdict(settings), "data": f"sha256 {rows.sha256}"}
+    identity = _identity(settings, rows)
     if not resume:
         if out.exists() and any(out.iterdir()):
             raise CommandError(f"--out {out} is not empty. Go on with its run: --resume; or choose another directory")
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / RUN_FILE, identity)
         return None
     if not (out / RUN_FILE).exists():
         raise CommandError(f"--resume: {out} holds no run of fastlora train ({RUN_FILE} is not there)")

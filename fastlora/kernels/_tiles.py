@@ -61,12 +61,8 @@ _ROWS: dict[tuple[str, int], Tile] = {
     ("lora_reduce_t", 0): Tile(m=64, n=128, warps=8, stages=3),
     ("lora_reduce_t_fp32", 0): Tile(m=32, n=32, r=16, warps=4, stages=2),
     ("swiglu", 0): Tile(n=1024, warps=4),
-    # Padding takes registers in the forward.
-    # Padding takes registers in the forward.
-    # Padding takes registers in the forward.
     # m: queries, n: keys. By head dimension, up to 64, 128 and 256; decode: at most 16 queries.
     ("flash_attention_decode", 0): Tile(m=16, n=32, warps=4, stages=2),
-    ("flash_attention_decode_fp32", 0): Tile(m=16, n=16, warps=8, stages=1),
     ("flash_attention_fwd_d64", 0): Tile(m=128, n=64, warps=8, stages=3),
     ("flash_attention_fwd_d64_fp32", 0): Tile(m=64, n=32, warps=8, stages=1),
     ("flash_attention_fwd_d128", 0): Tile(m=128, n=64, warps=8, stages=3),

@@ -15,11 +15,11 @@ _DECODE = 16  # queries up to which a small tile serves
 
 
 def _tile(kernel: str, q: torch.Tensor, padded: bool = False) -> Tile:
-    T, D = q.shape[2:]
-    if kernel == "fwd" and T <= _DECODE:
+    (T, D), half = q.shape[2:], q.dtype != torch.float32
+    if kernel == "fwd" and T <= _DECODE and half:
         return tile("flash_attention_decode", q)
     bucket = max(64, next_power_of_2(D))
-    variant = "_padded" if padded and bucket == 128 and q.dtype != torch.float32 else ""
+    variant = "_padded" if padded and bucket == 128 and half else ""
     return tile(f"flash_attention_{kernel}_d{bucket}{variant}", q)
 
 

@@ -84,6 +84,11 @@ def fwd(q, k, v, key_padding_mask, position_ids, scale, causal, window):
     return out, lse
 
 
+def _over_group(left, right, queries):
+    """leftᵀ right of every query head, then their sum: one long sum over all of them would round more."""
+    return (left.unflatten(2, (-1, queries)).mT @ right.unflatten(2, (-1, queries))).sum(2)
+
+
 def bwd(dout, q, k, v, out, lse, key_padding_mask, position_ids, scale, causal, window):
     """As flash_attention_bwd."""
     H_kv, k, v = k.shape[1], k.contiguous(), v.contiguous()
@@ -92,10 +97,10 @@ def bwd(dout, q, k, v, out, lse, key_padding_mask, position_ids, scale, causal, 
     q_, do_, dq_ = _grouped(q, H_kv), _grouped(dout, H_kv), _grouped(dq, H_kv)
     for rows, queries, keys, hidden in _slabs(q, k, key_padding_mask, position_ids, causal, window):
         b_q, b_do = q_[rows, :, :, queries].flatten(2, 3), do_[rows, :, :, queries].flatten(2, 3)
-        b_k, b_v = k[rows, :, keys], v[rows, :, keys]
+        b_k, b_v, n = k[rows, :, keys], v[rows, :, keys], hidden.shape[3]
         _, p = _probabilities(b_q, b_k, hidden, scale)
-        dv[rows, :, keys] += p.mT @ b_do
+        dv[rows, :, keys] += _over_group(p, b_do, n)
         ds = torch._softmax_backward_data(b_do @ b_v.mT, p, -1, p.dtype).mul_(scale)
-        dq_[rows, :, :, queries] = (ds @ b_k).unflatten(2, (-1, hidden.shape[3]))
-        dk[rows, :, keys] += ds.mT @ b_q
+        dq_[rows, :, :, queries] = (ds @ b_k).unflatten(2, (-1, n))
+        dk[rows, :, keys] += _over_group(ds, b_q, n)
     return dq, dk.to(k.dtype), dv.to(v.dtype)

@@ -19,6 +19,7 @@ def test_aten_launches_and_bytes_by_hand():
         torch.empty_like(y)  # no kernel
         y.add_(1)  # reads and writes
         s.zero_()
+        torch.zeros(4) + 1  # on the host
     big, small = 4 * 1024 * 1024, 4 * 16 * 1024
     assert count.launches == {"base": 1, "skinny": 1, "elementwise": 4}
     assert count.bytes == {"base": 3 * big, "skinny": big + 2 * small, "elementwise": 7 * big + 2 * small}

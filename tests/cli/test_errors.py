@@ -6,6 +6,10 @@ import pytest
 from typer.testing import CliRunner
 
 from fastlora import cli
+from fastlora.cli.data import read_rows
+from fastlora.cli.files import write_json
+from fastlora.cli.settings import Settings
+from fastlora.cli.train import RUN_FILE, _identity
 
 
 @pytest.fixture
@@ -58,9 +62,17 @@ def test_resuming_what_is_no_run(fails, no_model, rows_file, tmp_path):
     assert "holds no run of fastlora train" in message
 
 
-def test_resuming_with_another_setting(fails, monkeypatch, rows_file, tmp_path):
-    args = ["train", "--model", tmp_path / "absent", "--data", rows_file, "--out", tmp_path / "run"]
-    assert "cannot load the tokenizer" in fails(*args)
+def test_a_model_that_is_not_there_leaves_the_directory_free(fails, rows_file, tmp_path):
+    args = ["train", "--data", rows_file, "--out", tmp_path / "run", "--model"]
+    assert f"--model {tmp_path}/absent: no such directory" in fails(*args, tmp_path / "absent")
+    assert "cannot load the tokenizer of 'nobody/nothing'" in fails(*args, "nobody/nothing")
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_with_another_setting(fails, no_model, rows_file, tmp_path):
+    args = ["train", "--model", "m", "--data", rows_file, "--out", tmp_path / "run"]
+    settings = Settings(model="m", data=str(rows_file), out=str(tmp_path / "run"))
+    write_json(tmp_path / "run" / RUN_FILE, _identity(settings, read_rows(rows_file)))
     assert "started otherwise: rank was 16, is 8; lr was 0.0002, is 0.1" in fails(
         *args, "--resume", "--rank", 8, "--lr", 0.1
     )

@@ -6,7 +6,9 @@ Where adapters drop, the unpatched and the float64 model are given the masks tha
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from itertools import combinations
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -24,8 +26,8 @@ TRAINS = ("norm", "embed_tokens", "lm_head", "v_proj.base_layer.weight", "up_pro
 class Feature(NamedTuple):
     """What it changes in the base, in the adapter's config, and afterwards."""
 
-    base: dict[str, Any] = {}
-    config: dict[str, Any] = {}
+    base: Mapping[str, Any] = MappingProxyType({})
+    config: Mapping[str, Any] = MappingProxyType({})
     apply: Any = None
     autocast: bool = False
 

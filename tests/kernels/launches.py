@@ -1,0 +1,126 @@
+"""What the layers of Llama 2 launch, forward and backward, on meta tensors."""
+
+import os
+
+import torch
+from kernels.aot import Compiled, compiling
+
+from fastlora.kernels import (
+    dropout,
+    flash_attention,
+    linear_cross_entropy,
+    lora_gemm,
+    lora_project,
+    lora_reduce,
+    rms_norm,
+    rope,
+    swiglu,
+)
+
+M, VOCAB = 4096, 32000
+# hidden, ffn, heads, key-value heads
+MODELS = {"7B": (4096, 11008, 32, 32), "13B": (5120, 13824, 40, 40), "70B": (8192, 28672, 64, 8)}
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def meta(*shape, dtype):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def group(outputs, x, r, dtype, masters, dropped, residual=False, prologue="none"):
+    """Forward and backward of the projections of one x (M, K) to outputs, an adapter of rank r each."""
+    K, P = x.shape[1], len(outputs)
+    masks = [meta(M, K // 8, dtype=torch.uint8) if dropped else None] * P
+    w = [meta(n, K, dtype=dtype) for n in outputs]
+    a, b = [meta(r, K, dtype=masters)] * P, [meta(n, r, dtype=masters) for n in outputs]
+    s, dy = meta(M, P * r, dtype=dtype), [meta(M, n, dtype=dtype) for n in outputs]
+    scale = [2.0] * P
+    if prologue == "rms_norm":
+        lora_project.rms_norm_project(x, meta(K, dtype=dtype), 1e-5, a, scale, masks, dtype)
+    elif prologue == "swiglu":
+        lora_project.swiglu_project(x, x, a, scale, masks)
+    else:
+        lora_project.lora_project(x, a, scale, masks)
+    lora_gemm.lora_gemm(x, w, s, b, [None] * P, dy[0] if residual else None)
+    lora_project.lora_project_t(dy, b, scale)
+    lora_gemm.lora_gemm_t(dy, w, s, a, masks)
+    lora_reduce.lora_reduce(s, x, [r] * P, masks)
+    lora_reduce.lora_reduce_t(s, dy, [r] * P)
+
+
+def lora(model, dtype, masters, r, dropped):
+    """The four fused groups of a decoder layer, and a projection on its own."""
+    hidden, ffn, heads, kv_heads = MODELS[model]
+    x, h = meta(M, hidden, dtype=dtype), meta(M, ffn, dtype=dtype)
+    kv = hidden // heads * kv_heads
+    rest = (r, dtype, masters, dropped)
+    group([hidden, kv, kv], x, *rest, prologue="rms_norm")
+    group([hidden], x, *rest, residual=True)
+    group([ffn, ffn], x, *rest, prologue="rms_norm")
+    group([hidden], h, *rest, residual=True, prologue="swiglu")
+    group([hidden], x, *rest)
+
+
+def without_adapters(model, dtype):
+    hidden, ffn, heads, kv_heads = MODELS[model]
+    x, h, D = meta(M, hidden, dtype=dtype), meta(M, ffn, dtype=dtype), hidden // heads
+    rstd = meta(M, dtype=FP32)
+    for weight in {dtype, FP32}:
+        weight = meta(hidden, dtype=weight)
+        rms_norm.rms_norm_fwd(x, weight, 1e-5)
+        rms_norm.rms_norm_bwd(x, x, weight, rstd, None, False, False)
+        rms_norm.rms_norm_bwd(x, x, weight, rstd, x, True, True)
+    swiglu.swiglu_fwd(h, h)
+    swiglu.swiglu_bwd(h, h, h, False)
+    swiglu.swiglu_bwd(h, h, h, True)
+    q = meta(1, M, heads, D, dtype=dtype).transpose(1, 2)
+    k = meta(1, M, kv_heads, D, dtype=dtype).transpose(1, 2)
+    table = meta(1, M, D, dtype=dtype)
+    for inverse in (False, True):
+        rope.rope(q, k, table, table, inverse)
+    dropout.dropout_mask(x, torch.tensor(1), 0.05)
+    logits, labels = meta(1024, VOCAB, dtype=dtype), meta(1024, dtype=torch.int64)
+    for need_grad in (False, True):
+        linear_cross_entropy.cross_entropy_rows(logits, labels, meta(dtype=FP32), need_grad)
+
+
+def attention(model, dtype):
+    """Causal; with padding; packed."""
+    hidden, _, heads, kv_heads = MODELS[model]
+    q = meta(2, M, heads, hidden // heads, dtype=dtype).transpose(1, 2)
+    k = meta(2, M, kv_heads, hidden // heads, dtype=dtype).transpose(1, 2)
+    real, positions = meta(2, M, dtype=torch.bool), meta(1, M, dtype=torch.int64)
+    lse = meta(2, heads, M, dtype=FP32)
+    for masks in ((None, None), (real, None), (None, positions)):
+        flash_attention.flash_attention_fwd(q, k, k, *masks, 0.1, True, None)
+        flash_attention.flash_attention_bwd(q, q, k, k, q, lse, *masks, 0.1, True, None)
+    flash_attention.flash_attention_fwd(q[:, :, :1], k, k, None, None, 0.1, True, None)
+
+
+# dtype of the base, of the adapters, rank, dropout: most of PEFT's fp32 masters over bf16, some of the others.
+ADAPTERS = [
+    *((BF16, FP32, r, False) for r in (8, 16, 64, 128)),
+    *((BF16, FP32, r, True) for r in (16, 128)),
+    (BF16, BF16, 16, False),
+    (FP16, FP32, 64, False),
+    (FP32, FP32, 16, False),
+    (FP32, FP32, 128, True),
+]
+LAUNCHES = {
+    "the rest": (without_adapters, [(dtype,) for dtype in (BF16, FP16, FP32)]),
+    "attention": (attention, [(dtype,) for dtype in (BF16, FP16, FP32)]),
+}
+for dtype, masters, r, dropped in ADAPTERS:
+    words = f"{str(dtype)[6:]}, {str(masters)[6:]} adapters of rank {r}{', dropout' * dropped}"
+    LAUNCHES[words] = lora, [(dtype, masters, r, dropped)]
+
+
+def resources(arch: int, name: str) -> list[Compiled]:
+    """What LAUNCHES[name] compiles to, for all models; in a process of its own."""
+    os.environ["FASTLORA_GEMM"] = "triton"
+    function, arguments = LAUNCHES[name]
+    with compiling(arch) as compiled:
+        for model in MODELS:
+            for one in arguments:
+                function(model, *one)
+    return sorted(compiled.values(), key=str)

@@ -12,8 +12,17 @@ P itself hides them.
 from __future__ import annotations
 
 from ._tl import tl, triton
-from .flash_attention_fwd import LOG2E
-from .flash_attention_mask import edge_tile, first_key, key_tiles, load_rows, query_tiles, store_rows, visible
+from .flash_attention_mask import (
+    edge_tile,
+    exponent,
+    first_key,
+    key_tiles,
+    load_rows,
+    power,
+    query_tiles,
+    store_rows,
+    visible,
+)
 
 
 @triton.jit
@@ -30,7 +39,7 @@ def _probabilities(
     if MASKED:
         m = visible(o_m[:, None], o_n[None, :], b_first[:, None], p_pad, T_kv, shift, CAUSAL, LEFT)
         b_s = tl.where(m, b_s, float("-inf"))
-    b_p = tl.math.exp2(b_s * scale - b_lse[:, None])
+    b_p = power(b_s * scale - b_lse[:, None], b_q.dtype == tl.float32)
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
     return b_k, b_p, b_dp
 
@@ -97,8 +106,9 @@ def flash_attention_dq_kernel(
     b_first = first_key(o_m, p_pos, T, shift, window, WINDOW) if LEFT else o_m
     lo, lefts, wholes, edges = key_tiles(i_m, o_m, b_first, p_pad, T, T_kv, shift, CAUSAL, LEFT, BLOCK_M, BLOCK_N)
     b_do = load_rows(p_do, o_m, stride_dot, o_d, T, True, D, BLOCK_D)
-    b_lse = tl.load(p_lse + o_m, mask=o_m < T, other=float("inf")) * LOG2E
     b_q = load_rows(p_q, o_m, stride_qt, o_d, T, True, D, BLOCK_D)
+    b_lse = exponent(tl.load(p_lse + o_m, mask=o_m < T, other=float("inf")), b_q.dtype == tl.float32)
+    unit_scale = exponent(scale, b_q.dtype == tl.float32)
     if NORM:
         b_norm = tl.zeros([BLOCK_M], dtype=tl.float32)
         b_delta = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -106,13 +116,13 @@ def flash_attention_dq_kernel(
             i_n = lo + (lefts + i) * BLOCK_N
             b_norm, b_delta = _norm_step(
                 b_norm, b_delta, b_q, b_do, b_lse, p_k, p_v, stride_kt, stride_vt, i_n, o_m, b_first, o_d, p_pad, T_kv,
-                shift, scale * LOG2E, CAUSAL, LEFT, False, PRECISION, D, BLOCK_N, BLOCK_D,
+                shift, unit_scale, CAUSAL, LEFT, False, PRECISION, D, BLOCK_N, BLOCK_D,
             )  # fmt: skip
         for i in tl.range(0, edges, num_stages=1):
             i_n = edge_tile(i, lo, lefts, wholes, BLOCK_N)
             b_norm, b_delta = _norm_step(
                 b_norm, b_delta, b_q, b_do, b_lse, p_k, p_v, stride_kt, stride_vt, i_n, o_m, b_first, o_d, p_pad, T_kv,
-                shift, scale * LOG2E, CAUSAL, LEFT, True, PRECISION, D, BLOCK_N, BLOCK_D,
+                shift, unit_scale, CAUSAL, LEFT, True, PRECISION, D, BLOCK_N, BLOCK_D,
             )  # fmt: skip
         b_norm = 1.0 / tl.where(b_norm > 0.0, b_norm, 1.0)
         tl.store(p_norm + o_m, b_norm, mask=o_m < T)
@@ -129,13 +139,13 @@ def flash_attention_dq_kernel(
             i_n = lo + (lefts + i) * BLOCK_N
             acc = _dq_step(
                 acc, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_kt, stride_vt, i_n, o_m, b_first, o_d, p_pad, T_kv,
-                shift, scale * LOG2E, p_visited, CAUSAL, LEFT, False, PRECISION, D, BLOCK_N, BLOCK_D,
+                shift, unit_scale, p_visited, CAUSAL, LEFT, False, PRECISION, D, BLOCK_N, BLOCK_D,
             )  # fmt: skip
         for i in tl.range(0, edges, num_stages=1):
             i_n = edge_tile(i, lo, lefts, wholes, BLOCK_N)
             acc = _dq_step(
                 acc, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_kt, stride_vt, i_n, o_m, b_first, o_d, p_pad, T_kv,
-                shift, scale * LOG2E, p_visited, CAUSAL, LEFT, True, PRECISION, D, BLOCK_N, BLOCK_D,
+                shift, unit_scale, p_visited, CAUSAL, LEFT, True, PRECISION, D, BLOCK_N, BLOCK_D,
             )  # fmt: skip
         if p_norm is not None:
             acc *= tl.load(p_norm + o_m, mask=o_m < T, other=0.0)[:, None]
@@ -155,15 +165,15 @@ def _dkdv_step(
     b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
     if MASKED:
         # +inf for rows past T: their probabilities are 0.
-        b_lse = tl.load(p_lse + o_m, mask=o_m < T, other=float("inf")) * LOG2E
+        b_lse = exponent(tl.load(p_lse + o_m, mask=o_m < T, other=float("inf")), b_q.dtype == tl.float32)
         b_delta = tl.load(p_delta + o_m, mask=o_m < T, other=0.0)
         b_first = first_key(o_m, p_pos, T, shift, window, WINDOW) if LEFT else o_m
         m = visible(o_m[None, :], o_n[:, None], b_first[None, :], None, T_kv, shift, CAUSAL, LEFT)
         b_s = tl.where(m, b_s, float("-inf"))
     else:
-        b_lse = tl.load(p_lse + o_m) * LOG2E
+        b_lse = exponent(tl.load(p_lse + o_m), b_q.dtype == tl.float32)
         b_delta = tl.load(p_delta + o_m)
-    b_p = tl.math.exp2(b_s * scale - b_lse[None, :])
+    b_p = power(b_s * scale - b_lse[None, :], b_q.dtype == tl.float32)
     if p_norm is not None:
         b_p *= tl.load(p_norm + o_m, mask=o_m < T, other=0.0)[None, :]
     b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
@@ -208,6 +218,7 @@ def flash_attention_dkdv_kernel(
     lo, lefts, wholes, edges = query_tiles(i_n, b_real, p_pos, T, T_kv, shift, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
     b_k = load_rows(p_k, o_n, stride_kt, o_d, T_kv, True, D, BLOCK_D)
     b_v = load_rows(p_v, o_n, stride_vt, o_d, T_kv, True, D, BLOCK_D)
+    unit_scale = exponent(scale, b_k.dtype == tl.float32)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     for _ in range(0, GROUP):
@@ -215,14 +226,14 @@ def flash_attention_dkdv_kernel(
             i_m = lo + (lefts + i) * BLOCK_M
             b_dk, b_dv = _dkdv_step(
                 b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_norm, stride_qt, stride_dot, i_m, o_n, o_d, p_pos,
-                T, T_kv, shift, scale * LOG2E, window, p_visited,
+                T, T_kv, shift, unit_scale, window, p_visited,
                 CAUSAL, WINDOW, LEFT, False, PRECISION, D, BLOCK_M, BLOCK_D,
             )  # fmt: skip
         for i in tl.range(0, edges, num_stages=1):
             i_m = edge_tile(i, lo, lefts, wholes, BLOCK_M)
             b_dk, b_dv = _dkdv_step(
                 b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_norm, stride_qt, stride_dot, i_m, o_n, o_d, p_pos,
-                T, T_kv, shift, scale * LOG2E, window, p_visited,
+                T, T_kv, shift, unit_scale, window, p_visited,
                 CAUSAL, WINDOW, LEFT, True, PRECISION, D, BLOCK_M, BLOCK_D,
             )  # fmt: skip
         p_q += stride_qh

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from ._tl import tl, triton
-from .flash_attention_mask import edge_tile, first_key, key_tiles, load_rows, store_rows, visible
+from .flash_attention_mask import (
+    edge_tile,
+    exponent,
+    first_key,
+    key_tiles,
+    load_rows,
+    power,
+    store_rows,
+    visible,
+)
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-# Below every score, and finite: a row that has seen no key yet rescales by exp2(0), not by exp2(−inf + inf).
+_LN2 = tl.constexpr(0.6931471805599453)
+# Below every score, and finite: a row that has seen no key yet rescales by exp(0), not by exp(−inf + inf).
 _LOWEST = tl.constexpr(-1.0e38)
 
 
@@ -24,8 +32,8 @@ def _step(
         m = visible(o_m[:, None], o_n[None, :], b_first[:, None], p_pad, T_kv, shift, CAUSAL, LEFT)
         b_s = tl.where(m, b_s, float("-inf"))
     b_top = tl.maximum(b_max, tl.max(b_s, 1) * scale)
-    b_p = tl.math.exp2(b_s * scale - b_top[:, None])
-    b_shrink = tl.math.exp2(b_max - b_top)
+    b_p = power(b_s * scale - b_top[:, None], b_q.dtype == tl.float32)
+    b_shrink = power(b_max - b_top, b_q.dtype == tl.float32)
     b_l = b_l * b_shrink + tl.sum(b_p, 1)
     b_v = load_rows(p_v, o_n, stride_vt, o_d, T_kv, MASKED, D, BLOCK_D)
     acc = tl.dot(b_p.to(b_v.dtype), b_v, acc * b_shrink[:, None], input_precision=PRECISION)
@@ -58,7 +66,8 @@ def flash_attention_fwd_kernel(
     shift = T_kv - T
     b_first = first_key(o_m, p_pos, T, shift, window, WINDOW) if LEFT else o_m
     lo, lefts, wholes, edges = key_tiles(i_m, o_m, b_first, p_pad, T, T_kv, shift, CAUSAL, LEFT, BLOCK_M, BLOCK_N)
-    scale *= LOG2E
+    FP32: tl.constexpr = p_q.dtype.element_ty == tl.float32
+    scale = exponent(scale, FP32)
     b_q = load_rows(p_q, o_m, stride_qt, o_d, T, True, D, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     b_l = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -80,5 +89,5 @@ def flash_attention_fwd_kernel(
     empty = b_l == 0.0
     store_rows(p_out, acc / tl.where(empty, 1.0, b_l)[:, None], o_m, stride_ot, o_d, T, D)
     # +inf makes every probability of an empty row 0 in the backward.
-    b_lse = tl.where(empty, float("inf"), b_max * LN2 + tl.log(tl.where(empty, 1.0, b_l)))
+    b_lse = tl.where(empty, float("inf"), (b_max if FP32 else b_max * _LN2) + tl.log(tl.where(empty, 1.0, b_l)))
     tl.store(p_lse + o_m, b_lse, mask=o_m < T)

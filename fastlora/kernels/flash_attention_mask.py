@@ -14,6 +14,19 @@ from __future__ import annotations
 from ._tl import tl, triton
 
 _SCAN = tl.constexpr(1024)
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exponent(x, FP32: tl.constexpr):
+    """x in the unit that `power` takes: log₂ e, but in fp32, where that would round away the last bits, 1."""
+    return x if FP32 else x * _LOG2E
+
+
+@triton.jit
+def power(x, FP32: tl.constexpr):
+    """e to the x of `exponent`."""
+    return tl.exp(x) if FP32 else tl.math.exp2(x)
 
 
 @triton.jit
@@ -73,7 +86,7 @@ def _tiles(lo, whole_lo, whole_hi, hi, BLOCK: tl.constexpr):
     lo = lo // BLOCK
     end = tl.cdiv(hi, BLOCK)
     whole_lo = tl.maximum(lo, tl.minimum(tl.cdiv(whole_lo, BLOCK), end))
-    whole_hi = tl.maximum(whole_lo, whole_hi // BLOCK)
+    whole_hi = tl.maximum(whole_lo, tl.minimum(whole_hi, hi) // BLOCK)
     lefts = whole_lo - lo
     return lo * BLOCK, lefts, whole_hi - whole_lo, lefts + tl.maximum(0, end - whole_hi)
 

@@ -165,7 +165,9 @@ class LlamaDecoderLayer(Fused, hf.LlamaDecoderLayer):
 class LlamaForCausalLM(Fused, hf.LlamaForCausalLM):
     def _why_not_head(self) -> str | None:
         if "forward" in self.__dict__:
-            owner = getattr(self.forward, "__module__", None) or "the caller"
+            # Of the function itself: functools.wraps makes a wrapper claim the module of what it wraps.
+            function = getattr(self.forward, "__func__", self.forward)
+            owner = getattr(function, "__globals__", {}).get("__name__", "the caller")
             return f"the model's forward was replaced on the instance (by {owner}), which calls ours or not"
         if type(self.lm_head) is not nn.Linear:
             return f"lm_head is a {type(self.lm_head).__name__}"

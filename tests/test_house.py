@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fastlora"
-FLOORS = ("cli", "patching", "modules", "ops", "kernels", "reference")
+FLOORS = ("cli", "integrations", "patching", "modules", "ops", "kernels", "reference")
 LINES = 420
 
 
@@ -56,7 +56,7 @@ def test_every_folder_is_a_floor():
 
 
 def test_transformers_and_peft_are_known_from_modules_up():
-    at_home = ("modules", "patching", "cli")
+    at_home = ("modules", "patching", "cli", "integrations")
     assert importing(sources(*at_home), "transformers", "peft"), "the rule looks in the wrong place"
     assert not importing(others(*at_home), "transformers", "peft")
 

@@ -252,10 +252,7 @@ def _announce(settings: Settings, rows: Rows, trainer: Any, device: str, console
     if not settings.patch:
         console.print("not patched (--no-patch)")
         return
-    plan = fastlora.explain(trainer.model)
-    console.print(f"patched: {len(plan.rows) - len(plan.unfused)} of {len(plan.rows)} modules are fused")
-    for why in sorted({str(row.why) for row in plan.unfused}):
-        console.print(f"  not fused: {why}")
+    console.print(f"patched: {fastlora.explain(trainer.model).summary()}")
 
 
 def _finish(settings: Settings, trainer: Any, report: dict[str, Any], plot_loss: Any, console: Console) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -158,12 +159,25 @@ def explain(model: nn.Module) -> Plan:
             rows.append(Row(path, f"transformers {swap.original.__name__}", swap.why_not(module) or "not patched"))
             continue
         for part in module.parts():
-            calls: dict[str, int] = dict(module._fastlora.calls.get(part.name, {}))
-            passed = {reason: n for reason, n in calls.items() if reason != FUSED}
-            why = part.why or (max(passed, key=passed.__getitem__) if passed else None)
-            where = ".".join(filter(None, (path, part.name)))
-            rows.append(Row(where, part.runs, why, calls.get(FUSED, 0), sum(passed.values())))
+            row = Row(_path(path, part.name), part.runs, part.why)
+            rows.append(_counted(row, module._fastlora.calls.get(part.name, {})))
     return Plan(tuple(rows), _backend(model))
+
+
+def recount(plan: Plan, states: Mapping[str, State]) -> Plan:
+    """A plan with the counters of now, from the states of its modules by path: the model may be gone."""
+    calls = {_path(path, part): calls for path, state in states.items() for part, calls in state.calls.items()}
+    return Plan(tuple(_counted(row, calls.get(row.path, {})) for row in plan.rows), plan.backend)
+
+
+def _path(*parts: str) -> str:
+    return ".".join(filter(None, parts))
+
+
+def _counted(row: Row, calls: Mapping[str, int]) -> Row:
+    passed = {reason: n for reason, n in calls.items() if reason != FUSED}
+    why = row.why or (max(passed, key=passed.__getitem__) if passed else None)
+    return replace(row, why=why, fused=calls.get(FUSED, 0), passed=sum(passed.values()))
 
 
 def _backend(model: nn.Module) -> str:

@@ -41,6 +41,14 @@ class Plan:
         """Rows that fastlora would fuse and does not."""
         return tuple(row for row in self.rows if row.why)
 
+    def summary(self) -> str:
+        """How much is fused, and a line for every reason why the rest is not."""
+        if not self.rows:
+            return "no Llama module found: nothing is fused"
+        reasons = sorted({str(row.why) for row in self.unfused})
+        fused = f"{len(self.rows) - len(self.unfused)} of {len(self.rows)} modules are fused"
+        return "\n".join([fused, *(f"  not fused: {why}" for why in reasons)])
+
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
         return {"backend": self.backend, "rows": [asdict(row) for row in self.rows]}

@@ -11,12 +11,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._version import __version__
+
 if TYPE_CHECKING:
     from . import ops
     from .patching import NotFused, Plan, explain, patch, patched, unpatch
 
-__version__ = "0.1.0"
-__all__ = ["NotFused", "Plan", "explain", "ops", "patch", "patched", "unpatch"]
+__all__ = ["NotFused", "Plan", "__version__", "explain", "ops", "patch", "patched", "unpatch"]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,8 @@ import torch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRET:
+    # Whatever the rows of an architecture choose, what is interpreted is the Triton program.
+    os.environ.setdefault("FASTLORA_GEMM", "triton")
     import bf16_interpreter
 
     bf16_interpreter.install()

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from ._tiles import LaunchFailed, NothingLeft, give_up
+
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 BUILD_COMMAND = "pip install --no-build-isolation --no-cache-dir --no-deps --force-reinstall fastlora"
 
@@ -60,6 +62,22 @@ def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _with_fallback(launcher: Callable[..., Any], aten: Callable[..., Any]) -> Callable[..., Any]:
+    """The launcher; again with the next candidate where a tile does not run here; the composition when none is left."""
+
+    @functools.wraps(launcher)
+    def run(*args: Any) -> Any:
+        while True:
+            try:
+                return launcher(*args)
+            except LaunchFailed as failure:
+                give_up(failure)
+            except NothingLeft:
+                return aten(*args)
+
+    return run
+
+
 def register(schema: str, *, triton: Callable[..., Any], aten: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Define ``fastlora::<schema>`` with its Triton launcher, its ATen composition and its shape function.
 
@@ -69,7 +87,7 @@ def register(schema: str, *, triton: Callable[..., Any], aten: Callable[..., Any
         aten: composition for the CPU key where csrc has no kernel of that name.
         fake: returns empty outputs of the right shapes, dtypes and strides, for tracing.
     """
-    triton, aten = _outside_autocast(triton), _outside_autocast(aten)
+    triton, aten = _outside_autocast(_with_fallback(triton, aten)), _outside_autocast(aten)
     name = _library.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
     _library.impl(name, triton, "CUDA")
     if INTERPRET:

@@ -1,101 +1,104 @@
-"""Tile sizes: kernel × GPU architecture, each row with its provenance, always a default."""
+"""Which implementation a call runs, and in which tiles: one function, `choose`, asked by every launcher.
+
+In this order: what a FASTLORA_* variable forces, what `fastlora tune` measured on this GPU, the shipped row of the
+architecture (`_rows.py`), the default row, and the library's own way. What failed to compile or to launch is left out
+for the rest of the process.
+"""
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from . import _cache
+from ._rows import ROWS, Row, Tile
 
-@dataclass(frozen=True)
-class Tile:
-    """One launch configuration and where it comes from.
+
+class Methods(NamedTuple):
+    """The ways to compute a kernel: the variable that forces one, their names, and which is the library's own."""
+
+    variable: str
+    names: tuple[str, ...]
+    library: str
+
+
+METHODS = {
+    "lora_gemm": Methods("FASTLORA_GEMM", ("triton", "addmm", "augmented"), "addmm"),
+}
+
+
+class Call(NamedTuple):
+    """What `choose` is asked.
 
     Attributes:
-        m, n, k: block sizes along the rows, the columns of the output, and the reduction.
-        r: the most ranks one product takes.
-        warps, stages: of the program, and of its software pipeline.
-        provenance: "screened": compiled for sm_80 and sm_90, no spills, within the shared memory of both.
+        kernel: a name in `_rows.py`, without the "_fp32" that fp32 adds where there is such a row.
+        m, n, k: rows, columns of the output, and the reduction; of several projections, all together.
+        r, p: ranks together, and projections. What a kernel has not is 0.
     """
 
-    m: int = 1
-    n: int = 1
-    k: int = 1
-    r: int = 64
-    warps: int = 4
-    stages: int = 2
-    provenance: str = "screened"
+    kernel: str
+    dtype: torch.dtype
+    device: torch.device
+    m: int = 0
+    n: int = 0
+    k: int = 0
+    r: int = 0
+    p: int = 0
 
 
-# Keyed by kernel and architecture; architecture 0 is the default. fp32 runs without tensor cores, in smaller tiles.
-_ROWS: dict[tuple[str, int], Tile] = {
-    ("lora_gemm", 0): Tile(m=128, n=128, k=32, r=32, warps=4, stages=4),
-    ("lora_gemm", 80): Tile(m=128, n=256, k=64, r=16, warps=8, stages=4),
-    ("lora_gemm", 90): Tile(m=128, n=256, k=64, r=32, warps=8, stages=4),
-    ("lora_gemm_fp32", 0): Tile(m=32, n=32, k=32, r=16, warps=4, stages=2),
-    ("lora_gemm_t", 0): Tile(m=128, n=128, k=32, r=32, warps=4, stages=4),
-    ("lora_gemm_t", 80): Tile(m=128, n=256, k=64, r=16, warps=8, stages=4),
-    ("lora_gemm_t", 90): Tile(m=128, n=256, k=64, r=32, warps=8, stages=4),
-    ("lora_gemm_t_fp32", 0): Tile(m=32, n=32, k=32, r=16, warps=4, stages=2),
-    ("lora_gemm_t_dropout", 0): Tile(m=64, n=128, k=32, r=32, warps=8, stages=4),
-    ("lora_gemm_t_dropout", 90): Tile(m=64, n=64, k=32, r=32, warps=4, stages=4),
-    ("lora_gemm_t_dropout_fp32", 0): Tile(m=32, n=32, k=16, r=16, warps=4, stages=2),
-    ("lora_project", 0): Tile(m=32, k=128, warps=4, stages=3),
-    ("lora_project_fp32", 0): Tile(m=16, k=32, r=16, warps=4, stages=2),
-    ("lora_project_dropout", 0): Tile(m=32, k=64, r=32, warps=4, stages=3),
-    ("lora_project_dropout_fp32", 0): Tile(m=16, k=32, r=16, warps=4, stages=2),
-    ("lora_project_t", 0): Tile(m=32, k=128, warps=4, stages=3),
-    ("lora_project_t", 90): Tile(m=32, k=64, warps=4, stages=3),
-    ("lora_project_t_fp32", 0): Tile(m=16, k=32, r=16, warps=4, stages=2),
-    ("rms_norm_project", 0): Tile(m=32, k=128, warps=4, stages=3),
-    ("rms_norm_project_fp32", 0): Tile(m=16, k=32, r=16, warps=4, stages=2),
-    ("rms_norm_project_dropout", 0): Tile(m=32, k=64, r=32, warps=4, stages=3),
-    ("rms_norm_project_dropout_fp32", 0): Tile(m=16, k=32, r=16, warps=4, stages=2),
-    ("swiglu_project", 0): Tile(m=32, k=128, warps=4, stages=3),
-    ("swiglu_project", 90): Tile(m=32, k=128, warps=4, stages=2),
-    ("swiglu_project_fp32", 0): Tile(m=16, k=32, r=16, warps=4, stages=2),
-    ("swiglu_project_dropout", 0): Tile(m=32, k=64, r=32, warps=4, stages=3),
-    ("swiglu_project_dropout_fp32", 0): Tile(m=16, k=32, r=16, warps=4, stages=2),
-    ("lora_reduce", 0): Tile(m=64, n=128, warps=4, stages=3),
-    ("lora_reduce_fp32", 0): Tile(m=32, n=32, r=16, warps=4, stages=2),
-    ("lora_reduce_dropout", 0): Tile(m=32, n=64, r=32, warps=4, stages=2),
-    ("lora_reduce_dropout_fp32", 0): Tile(m=16, n=32, r=16, warps=4, stages=2),
-    ("lora_reduce_t", 0): Tile(m=64, n=128, warps=8, stages=3),
-    ("lora_reduce_t_fp32", 0): Tile(m=32, n=32, r=16, warps=4, stages=2),
-    ("swiglu", 0): Tile(n=1024, warps=4),
-    # m: queries, n: keys. By head dimension, up to 64, 128 and 256; decode: at most 16 queries.
-    ("flash_attention_decode", 0): Tile(m=16, n=32, warps=4, stages=2),
-    ("flash_attention_fwd_d64", 0): Tile(m=128, n=64, warps=8, stages=3),
-    ("flash_attention_fwd_d64_fp32", 0): Tile(m=64, n=32, warps=8, stages=1),
-    ("flash_attention_fwd_d128", 0): Tile(m=128, n=64, warps=8, stages=3),
-    ("flash_attention_fwd_d128_fp32", 0): Tile(m=32, n=32, warps=8, stages=1),
-    ("flash_attention_fwd_d256", 0): Tile(m=64, n=32, warps=8, stages=2),
-    ("flash_attention_fwd_d256_fp32", 0): Tile(m=16, n=16, warps=4, stages=1),
-    # Padding takes registers in the forward.
-    ("flash_attention_fwd_d128_padded", 0): Tile(m=128, n=32, warps=8, stages=3),
-    ("flash_attention_dq_d64", 0): Tile(m=64, n=32, warps=4, stages=3),
-    ("flash_attention_dq_d64_fp32", 0): Tile(m=32, n=32, warps=8, stages=1),
-    ("flash_attention_dq_d128", 0): Tile(m=64, n=32, warps=4, stages=2),
-    ("flash_attention_dq_d128_fp32", 0): Tile(m=16, n=16, warps=8, stages=1),
-    ("flash_attention_dq_d256", 0): Tile(m=64, n=32, warps=8, stages=2),
-    ("flash_attention_dq_d256", 90): Tile(m=32, n=32, warps=8, stages=2),
-    ("flash_attention_dq_d256_fp32", 0): Tile(m=16, n=16, warps=4, stages=1),
-    ("flash_attention_dq_d256_fp32", 90): Tile(m=16, n=16, warps=8, stages=1),
-    ("flash_attention_dkdv_d64", 0): Tile(m=32, n=128, warps=8, stages=2),
-    ("flash_attention_dkdv_d64_fp32", 0): Tile(m=32, n=32, warps=8, stages=1),
-    ("flash_attention_dkdv_d128", 0): Tile(m=64, n=64, warps=8, stages=2),
-    ("flash_attention_dkdv_d128", 90): Tile(m=16, n=128, warps=8, stages=3),
-    ("flash_attention_dkdv_d128_fp32", 0): Tile(m=16, n=64, warps=8, stages=1),
-    ("flash_attention_dkdv_d128_fp32", 90): Tile(m=16, n=16, warps=8, stages=1),
-    ("flash_attention_dkdv_d256", 0): Tile(m=32, n=32, warps=8, stages=2),
-    ("flash_attention_dkdv_d256_fp32", 0): Tile(m=16, n=16, warps=8, stages=1),
-    ("cross_entropy", 0): Tile(n=4096, warps=8),
-}
+@dataclass(frozen=True)
+class Choice:
+    """The answer: a method, its tile, and in words where it comes from."""
+
+    call: Call
+    method: str
+    tile: Tile
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.tile}" if self.method == "triton" else self.method
+
+
+class LaunchFailed(RuntimeError):
+    """A kernel did not compile or launch in the tile chosen for it."""
+
+    def __init__(self, choice: Choice, error: Exception) -> None:
+        super().__init__(f"{choice.call.kernel}: {choice} does not run here: {type(error).__name__}: {error}")
+        self.choice, self.error = choice, error
+
+
+class NothingLeft(Exception):
+    """No tile of a kernel runs on this GPU: its ATen composition serves."""
+
+
+def family(kernel: str) -> str:
+    """The name in METHODS that a kernel goes under, or its own."""
+    return next((name for name in METHODS if kernel == name or kernel.startswith(f"{name}_")), kernel)
+
+
+_by_kernel: dict[str, dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
+for _row in ROWS:
+    _by_kernel[_row.kernel][_row.arch].append(_row)
+_VARIABLES = {kernel: METHODS[name].variable for kernel in _by_kernel for name in [family(kernel)] if name in METHODS}
+_broken: set[tuple[str, torch.device, str, Tile]] = set()
+_forced: dict[str, tuple[str, Tile]] = {}
+_arch: list[int] = []
+# Set by fastlora.tuning where FASTLORA_AUTOTUNE=1: measures a call that no cache knows.
+autotune: Callable[[Call], None] | None = None
 
 
 def arch(device: torch.device) -> int:
     """Compute capability of a CUDA device as 80, 90, …; ``TRITON_OVERRIDE_ARCH=sm80`` wins; 80 without a GPU."""
+    if _arch:
+        return _arch[-1]
     override = os.environ.get("TRITON_OVERRIDE_ARCH", "")
     if override:
         return int(override.removeprefix("sm").rstrip("a"))
@@ -105,24 +108,126 @@ def arch(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def tile(kernel: str, like: torch.Tensor) -> Tile:
-    """The row of ``kernel`` for the device and dtype of ``like``."""
-    fp32 = f"{kernel}_fp32"
-    if like.dtype == torch.float32 and (fp32, 0) in _ROWS:
-        kernel = fp32
-    return _ROWS.get((kernel, arch(like.device)), _ROWS[kernel, 0])
+def choose(kernel: str, like: torch.Tensor, *, m: int = 0, n: int = 0, k: int = 0, r: int = 0, p: int = 0) -> Choice:
+    """The implementation of ``kernel`` for the device and dtype of ``like`` and the sizes of a call; see Call.
+
+    Raises:
+        ValueError: a FASTLORA_* variable has a value that is none of its methods.
+        NothingLeft: every tile has failed before.
+    """
+    if kernel in _forced:
+        return Choice(Call(kernel, like.dtype, like.device, m, n, k, r, p), *_forced[kernel], "forced")
+    variable = _VARIABLES.get(kernel)
+    value = os.environ.get(variable) if variable else None
+    override = os.environ.get("TRITON_OVERRIDE_ARCH")
+    return _choose(kernel, like.dtype, like.device, m, n, k, r, p, value, override, _arch[-1] if _arch else None)
 
 
-# Which way lora_gemm goes: on sm_80 Triton's GEMM is near the library's, elsewhere the library's is the safe floor
-# until a measurement says otherwise.
-_GEMM = {80: "triton", 0: "addmm"}
+# What the answer depends on is an argument, so that it is remembered with it.
+@functools.lru_cache(maxsize=4096)
+def _choose(kernel, dtype, device, m, n, k, r, p, value, override, assumed) -> Choice:
+    call = Call(kernel, dtype, device, m, n, k, r, p)
+    method = _checked(kernel, value)
+    measured = _measured(call)
+    if measured is None and autotune is not None and device.type == "cuda" and method is None:
+        autotune(call)
+        measured = _measured(call)
+    for choice in candidates(call, method, measured):
+        if (_row_name(call), device, choice.method, choice.tile) not in _broken:
+            return choice
+    raise NothingLeft(kernel)
 
 
-def gemm_method(like: torch.Tensor) -> str:
-    """ "triton", "addmm" or "augmented" for the device of ``like``; FASTLORA_GEMM overrides."""
-    override = os.environ.get("FASTLORA_GEMM")
-    if override is None:
-        return _GEMM.get(arch(like.device), _GEMM[0])
-    if override not in ("triton", "addmm", "augmented"):
-        raise ValueError(f"FASTLORA_GEMM is {override!r}, needs 'triton', 'addmm' or 'augmented'")
-    return override
+def _checked(kernel: str, value: str | None) -> str | None:
+    if value is None:
+        return None
+    methods = METHODS[family(kernel)].names
+    if value not in methods:
+        needed = f"{', '.join(map(repr, methods[:-1]))} or {methods[-1]!r}"
+        raise ValueError(f"{_VARIABLES[kernel]} is {value!r}, needs {needed}")
+    return value
+
+
+def candidates(call: Call, method: str | None = None, measured: Choice | None = None) -> Iterator[Choice]:
+    """Everything that may serve a call, best first."""
+    rows = shipped(call)
+    if method is not None:
+        tile = measured.tile if measured and measured.method == method else rows[0].tile
+        yield Choice(call, method, tile, f"{_VARIABLES[call.kernel]}={method}")
+    elif measured is not None:
+        yield measured
+    for row in rows:
+        yield Choice(call, method or row.method, row.tile, str(row.provenance))
+    if family(call.kernel) in METHODS:
+        yield Choice(call, METHODS[family(call.kernel)].library, rows[0].tile, "the library's own")
+
+
+def shipped(call: Call) -> list[Row]:
+    """The rows of a call's architecture and size, and after them the default's, whose tile is another."""
+    by_arch = _by_kernel[_row_name(call)]
+    rows = [_fit(by_arch[a], call) for a in (arch(call.device), 0) if a in by_arch]
+    return rows[:1] + [row for row in rows[1:] if row.tile != rows[0].tile]
+
+
+def _fit(rows: list[Row], call: Call) -> Row:
+    """The first row that holds a call; the last has no bounds."""
+    return next(row for row in rows if call.m <= row.m and call.n <= row.n and call.r <= row.r)
+
+
+def _row_name(call: Call) -> str:
+    fp32 = f"{call.kernel}_fp32"
+    return fp32 if call.dtype == torch.float32 and fp32 in _by_kernel else call.kernel
+
+
+def _measured(call: Call) -> Choice | None:
+    if call.device.type != "cuda":
+        return None
+    entry = _cache.entries(_cache.environment(call.device, arch(call.device))).get(_cache.key(call))
+    if entry is None:
+        return None
+    return Choice(call, entry["method"], Tile(*entry["tile"]), f"measured here, {entry['date']}")
+
+
+def give_up(failure: LaunchFailed) -> None:
+    """Leave the choice that failed out for the rest of the process, and say what serves instead."""
+    choice = failure.choice
+    call = choice.call
+    _broken.add((_row_name(call), call.device, choice.method, choice.tile))
+    _choose.cache_clear()
+    try:
+        other = choose(call.kernel, torch.empty(0, dtype=call.dtype, device=call.device), **_sizes(call))
+        instead = f"{other} ({other.source})"
+    except NothingLeft:
+        instead = "the ATen composition"
+    logging.getLogger("fastlora").warning("%s\n%s serves instead, for this process.", failure, instead)
+
+
+def _sizes(call: Call) -> dict[str, int]:
+    return {"m": call.m, "n": call.n, "k": call.k, "r": call.r, "p": call.p}
+
+
+@contextmanager
+def forced(kernel: str, method: str, tile: Tile) -> Iterator[None]:
+    """Within it ``choose`` answers with this for a kernel: to compile or time a candidate."""
+    before = dict(_forced)
+    _forced[kernel] = method, tile
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+@contextmanager
+def assumed_arch(number: int) -> Iterator[None]:
+    """Within it ``arch`` is that number: to choose and compile for a GPU that is not there."""
+    _arch.append(number)
+    try:
+        yield
+    finally:
+        _arch.pop()
+
+
+def forget() -> None:
+    """Choose anew: after the cache of measurements has changed."""
+    _choose.cache_clear()

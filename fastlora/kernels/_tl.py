@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ._tiles import Choice, LaunchFailed
+
 try:
     import triton
     import triton.language as tl
@@ -21,18 +23,47 @@ except ImportError:  # torch for macOS and Windows comes without Triton; the CPU
     triton = tl = _NoTriton()  # type: ignore[assignment]
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, choice: Choice | None = None, **meta: Any) -> None:
     """Run ``kernel[grid](*args, **meta)`` on the device of the first argument; an empty grid runs nothing.
 
-    Every Triton launch of the library passes here, so compilation ahead of time and counting need one seam.
+    choice gives the warps and the stages, and is what a failure is blamed on. Every Triton launch of the library passes
+    here, so compilation ahead of time and counting need one seam.
+
+    Raises:
+        LaunchFailed: the kernel does not compile, or not launch, in the tile chosen.
     """
     if 0 in grid:
         return
     first = args[0][0] if isinstance(args[0], tuple) else args[0]
     device = first.device
     with torch.cuda.device(device) if device.type == "cuda" else torch.device(device):
-        # Passed explicitly: Triton announces another default for the next version.
-        kernel[grid](*args, enable_fp_fusion=True, **meta)
+        try:
+            kernel[grid](*args, **options(choice, meta))
+        except Exception as error:
+            if choice is None or device.type == "cpu" or not _is_the_tiles_fault(error):
+                raise
+            raise LaunchFailed(choice, error) from error
+
+
+def options(choice: Choice | None, meta: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of a launch: meta, with the warps and stages of the choice."""
+    if choice is not None:
+        meta |= {"num_warps": choice.tile.warps, "num_stages": choice.tile.stages}
+    # Passed explicitly: Triton announces another default for the next version.
+    return meta | {"enable_fp_fusion": True}
+
+
+# What an earlier kernel did, or what another tile would not mend.
+_NOT_THE_TILE = ("out of memory", "illegal", "misaligned", "assert", "unspecified launch failure", "uncorrectable")
+
+
+def _is_the_tiles_fault(error: Exception) -> bool:
+    """Whether another tile may run where this one did not: it does not compile, or asks for more than the GPU has."""
+    if isinstance(error, (triton.CompilationError, triton.OutOfResources, triton.runtime.errors.PTXASError)):
+        return True
+    if type(error) is not RuntimeError:  # torch's own, out of memory among them, derive from it
+        return False
+    return not any(words in str(error) for words in _NOT_THE_TILE)
 
 
 def cdiv(a: int, b: int) -> int:

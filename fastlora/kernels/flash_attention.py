@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from . import flash_attention_cpu
 from ._library import register
-from ._tiles import Tile, tile
+from ._tiles import Choice, choose
 from ._tl import cdiv, dot_precision, launch, next_power_of_2
 from .flash_attention_bwd import flash_attention_dkdv_kernel, flash_attention_dq_kernel
 from .flash_attention_fwd import flash_attention_fwd_kernel
@@ -14,13 +16,13 @@ from .flash_attention_fwd import flash_attention_fwd_kernel
 _DECODE = 16  # queries up to which a small tile serves
 
 
-def _tile(kernel: str, q: torch.Tensor, padded: bool = False) -> Tile:
+def _choose(kernel: str, q: torch.Tensor, padded: bool = False) -> Choice:
     (T, D), half = q.shape[2:], q.dtype != torch.float32
     if kernel == "fwd" and T <= _DECODE and half:
-        return tile("flash_attention_decode", q)
+        return choose("flash_attention_decode", q, m=T)
     bucket = max(64, next_power_of_2(D))
     variant = "_padded" if padded and bucket == 128 and half else ""
-    return tile(f"flash_attention_{kernel}_d{bucket}{variant}", q)
+    return choose(f"flash_attention_{kernel}_d{bucket}{variant}", q, m=T)
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:
@@ -38,9 +40,10 @@ def _rows(mask: torch.Tensor | None) -> int:
     return mask.stride(0) if mask is not None and mask.shape[0] > 1 else 0
 
 
-def _meta(t: Tile, q: torch.Tensor, causal: bool, window: int | None) -> dict[str, object]:
-    D = q.shape[3]
+def _meta(choice: Choice, q: torch.Tensor, causal: bool, window: int | None) -> dict[str, Any]:
+    D, t = q.shape[3], choice.tile
     return {
+        "choice": choice,
         "CAUSAL": causal,
         "WINDOW": window is not None,
         "PRECISION": dot_precision(q.dtype),
@@ -48,8 +51,6 @@ def _meta(t: Tile, q: torch.Tensor, causal: bool, window: int | None) -> dict[st
         "BLOCK_M": t.m,
         "BLOCK_N": t.n,
         "BLOCK_D": max(16, next_power_of_2(D)),
-        "num_warps": t.warps,
-        "num_stages": t.stages,
     }
 
 
@@ -70,13 +71,13 @@ def flash_attention_fwd(
     """
     (B, H, T, _), (H_kv, T_kv) = q.shape, k.shape[1:3]
     out, lse = _like(q), q.new_empty((B, H, T), dtype=torch.float32)
-    t = _tile("fwd", q, padded=key_padding_mask is not None)
+    choice = _choose("fwd", q, padded=key_padding_mask is not None)
     launch(
         flash_attention_fwd_kernel,
-        (cdiv(T, t.m), H, B),
+        (cdiv(T, choice.tile.m), H, B),
         *(q, k, v, out, lse, key_padding_mask, position_ids, visited, T, T_kv, H // H_kv, scale, window or 0),
         *(*_strides(q, k, v, out), _rows(key_padding_mask), _rows(position_ids)),
-        **_meta(t, q, causal, window),
+        **_meta(choice, q, causal, window),
     )
     return out, lse
 
@@ -106,23 +107,23 @@ def flash_attention_bwd(
     masks = (_rows(key_padding_mask), _rows(position_ids))
     visited_dq, visited_dkdv = visited.split(1) if visited is not None else (None, None)
     shapes = (T, T_kv, H // H_kv, scale, window or 0)
-    t = _tile("dq", q)
+    choice = _choose("dq", q)
     for norm_pass in (True, False) if norm is not None else (False,):
         launch(
             flash_attention_dq_kernel,
-            (cdiv(T, t.m), H, B),
+            (cdiv(T, choice.tile.m), H, B),
             *(q, k, v, out, dout, lse, delta, norm, dq, key_padding_mask, position_ids, visited_dq, *shapes),
             *(*_strides(q, k, v, out, dout, dq), *masks),
             NORM=norm_pass,
-            **_meta(t, q, causal, window),
+            **_meta(choice, q, causal, window),
         )
-    t = _tile("dkdv", q)
+    choice = _choose("dkdv", q)
     launch(
         flash_attention_dkdv_kernel,
-        (cdiv(T_kv, t.n), H_kv, B),
+        (cdiv(T_kv, choice.tile.n), H_kv, B),
         *(q, k, v, dout, lse, delta, norm, dk, dv, key_padding_mask, position_ids, visited_dkdv, *shapes),
         *(*_strides(q, k, v, dout, dk, dv), *masks),
-        **_meta(t, q, causal, window),
+        **_meta(choice, q, causal, window),
     )
     return dq, dk, dv
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ._library import register
-from ._tiles import tile
+from ._tiles import choose
 from ._tl import launch, next_power_of_2, tl, triton
 
 # Bytes of logits alive at once: the last-level cache of a CPU, and enough rows to fill a GPU.
@@ -48,14 +48,14 @@ def cross_entropy_rows(
     """loss (M,) fp32 = logsumexp(row) − row[label]; with need_grad, logits become (softmax − onehot) · scale."""
     M, V = logits.shape
     loss = torch.empty(M, dtype=torch.float32, device=logits.device)
-    t = tile("cross_entropy", logits)
+    choice = choose("cross_entropy", logits, m=M, n=V)
     launch(
         _cross_entropy_rows_kernel,
         (M,),
         *(logits, labels, scale, loss, V),
+        choice=choice,
         NEED_GRAD=need_grad,
-        BLOCK_V=min(t.n, next_power_of_2(V)),
-        num_warps=t.warps,
+        BLOCK_V=min(choice.tile.n, next_power_of_2(V)),
     )
     return loss
 

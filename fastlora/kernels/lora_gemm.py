@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from ._library import register
-from ._tiles import gemm_method, tile
+from ._tiles import choose
 from ._tl import cdiv, dot_precision, launch, swizzle, tl, triton
 from .dropout import apply_mask, keep
 from .lora_project import block_r
@@ -131,23 +131,26 @@ def lora_gemm(
     s holds the s_i side by side; a B_i of no columns is no adapter. The residual goes with a single projection, whose
     y takes the residual's dtype.
     """
-    method = gemm_method(x) if any(one.shape[1] for one in b) else "addmm"
-    if method == "addmm":
-        return _gemm_aten(x, w, s, b, bias, residual)
-    if method == "augmented":
-        return _gemm_augmented(x, w, s, b, bias, residual)
     (M, K), N = x.shape, tuple(one.shape[0] for one in w)
     ranks = tuple(one.shape[1] for one in b)
+    if not any(ranks):
+        return _gemm_aten(x, w, s, b, bias, residual)
+    choice = choose("lora_gemm", x, m=M, n=sum(N), k=K, r=sum(ranks), p=len(N))
+    if choice.method == "addmm":
+        return _gemm_aten(x, w, s, b, bias, residual)
+    if choice.method == "augmented":
+        return _gemm_augmented(x, w, s, b, bias, residual)
     dtype = x.dtype if residual is None else residual.dtype
     y = [x.new_empty((M, n), dtype=dtype) for n in N]
     has_bias = any(one is not None for one in bias)
     biases = [x.new_zeros(n) if has_bias and one is None else one for one, n in zip(bias, N, strict=True)]
-    t = tile("lora_gemm", x)
+    t = choice.tile
     tiles_n = sum(cdiv(n, t.n) for n in N)
     launch(
         _lora_gemm_kernel,
         (cdiv(M, t.m) * tiles_n,),
         *(x, tuple(w), s, tuple(b), tuple(biases) if has_bias else tuple(w), residual, tuple(y), M, K, N, tiles_n),
+        choice=choice,
         RANKS=ranks,
         R=sum(ranks),
         HAS_BIAS=has_bias,
@@ -158,26 +161,29 @@ def lora_gemm(
         BLOCK_N=t.n,
         BLOCK_K=t.k,
         BLOCK_R=block_r(max(ranks), t.r),
-        num_warps=t.warps,
-        num_stages=t.stages,
     )
     return y
 
 
 def lora_gemm_t(dy: Tensors, w: Tensors, ds: torch.Tensor, a: Tensors, masks: Optionals) -> torch.Tensor:
     """dx (M, K) = Σ_i dy_i (M, N_i) W_i + Σ_g mask_g ∘ (ds_g (M, R_g) A_g), accumulated in fp32."""
-    if not a or gemm_method(dy[0]) != "triton":
+    if not a:
         return _gemm_t_aten(dy, w, ds, a, masks)
     M, K = dy[0].shape[0], w[0].shape[1]
     N = tuple(one.shape[1] for one in dy)
     ranks = tuple(one.shape[0] for one in a)
-    dx = dy[0].new_empty(M, K)
     masked = tuple(mask is not None for mask in masks)
-    t = tile("lora_gemm_t_dropout" if any(masked) else "lora_gemm_t", dy[0])
+    kernel = "lora_gemm_t_dropout" if any(masked) else "lora_gemm_t"
+    choice = choose(kernel, dy[0], m=M, n=K, k=sum(N), r=sum(ranks), p=len(N))
+    if choice.method != "triton":
+        return _gemm_t_aten(dy, w, ds, a, masks)
+    dx = dy[0].new_empty(M, K)
+    t = choice.tile
     launch(
         _lora_gemm_t_kernel,
         (cdiv(M, t.m) * cdiv(K, t.n),),
         *(tuple(dy), tuple(w), ds, tuple(a), tuple(masks), dx, M, K, cdiv(K, 8), N),
+        choice=choice,
         RANKS=ranks,
         R=sum(ranks),
         MASKED=masked,
@@ -187,8 +193,6 @@ def lora_gemm_t(dy: Tensors, w: Tensors, ds: torch.Tensor, a: Tensors, masks: Op
         BLOCK_N=t.n,
         BLOCK_K=t.k,
         BLOCK_R=block_r(max(ranks), t.r),
-        num_warps=t.warps,
-        num_stages=t.stages,
     )
     return dx
 

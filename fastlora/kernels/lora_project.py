@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from ._library import register
-from ._tiles import tile
+from ._tiles import choose
 from ._tl import cdiv, dot_precision, launch, next_power_of_2, tl, triton
 from .dropout import apply_mask, keep
 
@@ -126,7 +126,8 @@ def _project(name, prologue, x, up, weight, eps, n, rstd, a, scale, masks):
     R = sum(ranks)
     s = n.new_empty(M, R)
     masked = tuple(mask is not None for mask in masks)
-    t = tile(name + "_dropout" if any(masked) else name, x)
+    choice = choose(name + "_dropout" if any(masked) else name, x, m=M, k=K, r=R, p=len(ranks))
+    t = choice.tile
     br = block_r(R, t.r)
     # Several A are read as one: stacking them is one small launch, reading them apart would crowd shared memory.
     stacked = torch.cat(list(a)) if len(a) > 1 else a[0] if a else None
@@ -134,6 +135,7 @@ def _project(name, prologue, x, up, weight, eps, n, rstd, a, scale, masks):
         _lora_project_kernel,
         (cdiv(M, t.m), max(1, cdiv(R, br))),
         *(x, up, weight, n, rstd, s, stacked, tuple(masks), tuple(scale), M, K, cdiv(K, 8), eps),
+        choice=choice,
         R=R,
         RANKS=ranks,
         MASKED=masked,
@@ -142,8 +144,6 @@ def _project(name, prologue, x, up, weight, eps, n, rstd, a, scale, masks):
         BLOCK_M=t.m,
         BLOCK_K=t.k,
         BLOCK_R=br,
-        num_warps=t.warps,
-        num_stages=t.stages,
     )
     return s
 
@@ -186,20 +186,20 @@ def lora_project_t(dy: Tensors, b: Tensors, scale: Sequence[float]) -> torch.Ten
     ranks = tuple(one.shape[1] for one in b)
     R = sum(ranks)
     ds = dy[0].new_empty(M, R)
-    t = tile("lora_project_t", dy[0])
+    choice = choose("lora_project_t", dy[0], m=M, k=sum(one.shape[1] for one in dy), r=R, p=len(ranks))
+    t = choice.tile
     br = block_r(max(ranks, default=0), t.r)
     launch(
         _lora_project_t_kernel,
         (cdiv(M, t.m), sum(cdiv(rank, br) for rank in ranks)),
         *(tuple(dy), tuple(b), ds, tuple(scale), M, tuple(one.shape[1] for one in dy)),
+        choice=choice,
         RANKS=ranks,
         R=R,
         PRECISION=dot_precision(ds.dtype),
         BLOCK_M=t.m,
         BLOCK_N=t.k,
         BLOCK_R=br,
-        num_warps=t.warps,
-        num_stages=t.stages,
     )
     return ds
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from ._library import register
-from ._tiles import tile
+from ._tiles import choose
 from ._tl import cdiv, dot_precision, launch, tl, triton
 from .dropout import apply_mask, keep
 from .lora_project import block_r
@@ -94,7 +94,8 @@ def lora_reduce(ds: torch.Tensor, x: torch.Tensor, ranks: Sequence[int], masks: 
     """dA_g (R_g, K) = ds_g (M, R_g)ᵀ (mask_g ∘ x (M, K)) for every adapter, flat, fp32."""
     (M, K), R = x.shape, ds.shape[1]
     masked = tuple(mask is not None for mask in masks)
-    t = tile("lora_reduce_dropout" if any(masked) else "lora_reduce", x)
+    choice = choose("lora_reduce_dropout" if any(masked) else "lora_reduce", x, m=M, n=K, r=R, p=len(ranks))
+    t = choice.tile
     br = block_r(R, t.r)
     splits, rows = _splits(M, cdiv(K, t.n) * cdiv(R, br), t.m)
     partials = torch.empty((splits, R * K), dtype=torch.float32, device=x.device)
@@ -102,6 +103,7 @@ def lora_reduce(ds: torch.Tensor, x: torch.Tensor, ranks: Sequence[int], masks: 
         _lora_reduce_kernel,
         (cdiv(K, t.n), cdiv(R, br), splits),
         *(ds, x, tuple(masks), partials, M, K, cdiv(K, 8), rows),
+        choice=choice,
         RANKS=tuple(ranks),
         R=R,
         MASKED=masked,
@@ -109,8 +111,6 @@ def lora_reduce(ds: torch.Tensor, x: torch.Tensor, ranks: Sequence[int], masks: 
         BLOCK_M=t.m,
         BLOCK_K=t.n,
         BLOCK_R=br,
-        num_warps=t.warps,
-        num_stages=t.stages,
     )
     return partials.sum(0)
 
@@ -119,7 +119,8 @@ def lora_reduce_t(s: torch.Tensor, dy: Tensors, ranks: Sequence[int]) -> torch.T
     """dB_i (N_i, R_i) = dy_i (M, N_i)ᵀ s_i (M, R_i) for every projection, flat, fp32."""
     M, R = s.shape
     N = tuple(one.shape[1] for one in dy)
-    t = tile("lora_reduce_t", s)
+    choice = choose("lora_reduce_t", s, m=M, n=sum(N), r=R, p=len(ranks))
+    t = choice.tile
     br = block_r(max(ranks, default=0), t.r)
     tiles = sum(cdiv(n, t.n) * cdiv(rank, br) for n, rank in zip(N, ranks, strict=True))
     total = sum(n * rank for n, rank in zip(N, ranks, strict=True))
@@ -129,14 +130,13 @@ def lora_reduce_t(s: torch.Tensor, dy: Tensors, ranks: Sequence[int]) -> torch.T
         _lora_reduce_t_kernel,
         (tiles, splits),
         *(s, tuple(dy), partials, M, N, total, rows),
+        choice=choice,
         RANKS=tuple(ranks),
         R=R,
         PRECISION=dot_precision(s.dtype),
         BLOCK_M=t.m,
         BLOCK_N=t.n,
         BLOCK_R=br,
-        num_warps=t.warps,
-        num_stages=t.stages,
     )
     return partials.sum(0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ._library import register
-from ._tiles import tile
+from ._tiles import choose
 from ._tl import cdiv, launch, tl, triton
 
 
@@ -40,9 +40,9 @@ def _swiglu_bwd_kernel(p_dh, p_gate, p_up, p_dgate, p_dup, p_h, numel, NEED_H: t
 def swiglu_fwd(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """h = round(silu(gate)) · up, elementwise."""
     h = torch.empty_like(gate)
-    t = tile("swiglu", gate)
-    n = gate.numel()
-    launch(_swiglu_fwd_kernel, (cdiv(n, t.n),), gate, up, h, n, BLOCK=t.n, num_warps=t.warps)
+    choice, n = choose("swiglu", gate, n=gate.numel()), gate.numel()
+    block = choice.tile.n
+    launch(_swiglu_fwd_kernel, (cdiv(n, block),), gate, up, h, n, choice=choice, BLOCK=block)
     return h
 
 
@@ -52,15 +52,15 @@ def swiglu_bwd(
     """dgate, dup, and the recomputed h, (0,) if unneeded; elementwise."""
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     h = torch.empty_like(gate) if need_h else gate.new_empty(0)
-    t = tile("swiglu", gate)
-    n = gate.numel()
+    choice, n = choose("swiglu", gate, n=gate.numel()), gate.numel()
+    block = choice.tile.n
     launch(
         _swiglu_bwd_kernel,
-        (cdiv(n, t.n),),
+        (cdiv(n, block),),
         *(dh, gate, up, dgate, dup, h, n),
+        choice=choice,
         NEED_H=need_h,
-        BLOCK=t.n,
-        num_warps=t.warps,
+        BLOCK=block,
     )
     return dgate, dup, h
 

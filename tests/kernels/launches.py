@@ -3,7 +3,6 @@
 import os
 
 import torch
-from kernels.aot import Compiled, compiling
 
 from fastlora.kernels import (
     dropout,
@@ -16,6 +15,7 @@ from fastlora.kernels import (
     rope,
     swiglu,
 )
+from fastlora.tuning.aot import Compiled, compiling
 
 M, VOCAB = 4096, 32000
 # hidden, ffn, heads, key-value heads

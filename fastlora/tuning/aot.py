@@ -15,15 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import triton
-from triton.backends.compiler import GPUTarget
+from ..kernels._tiles import Choice, assumed_arch
+from ..kernels._tl import options, triton
 
-from fastlora.kernels import _tiles
-
-_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-# Bytes of shared memory that one program may have: A100, H100.
-SHARED_LIMIT = {80: 166_912, 90: 232_448}
+# Bytes of shared memory that one program may have, by architecture: A100; A10 and RTX 30; L4 and RTX 40; H100; B200.
+SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
 
 
 class _Driver:
@@ -32,8 +30,8 @@ class _Driver:
     def __init__(self, arch: int) -> None:
         self.arch = arch
 
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
+    def get_current_target(self) -> Any:
+        return triton.backends.compiler.GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
         return self.arch  # a device per architecture keeps their compiled kernels apart
@@ -62,45 +60,48 @@ class Compiled:
 
 
 def _registers_and_spills(cubin: bytes) -> tuple[int, int]:
-    """Of the machine code itself: which ptxas makes it, with which options, is Triton's affair and differs by version."""
+    """Of the machine code itself: which ptxas makes it, with which options, is Triton's affair, by version."""
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(_CUOBJDUMP), "--dump-resource-usage", file.name]
+        command = [str(cuobjdump), "--dump-resource-usage", file.name]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    registers, stack, local = (int(re.search(rf"{word}:(\d+)", report)[1]) for word in ("REG", "STACK", "LOCAL"))
+    found = {word: int(number) for word, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    registers, stack, local = found["REG"], found["STACK"], found["LOCAL"]
     return registers, stack + local
 
 
-def _words(meta: dict) -> str:
+def _words(meta: dict[str, Any]) -> str:
     kept = {key: value for key, value in meta.items() if value not in (False, None)}
     return " ".join(f"{key}={getattr(value, '__name__', value)}" for key, value in kept.items())
 
 
 @contextmanager
 def compiling(arch: int) -> Iterator[dict[str, Compiled]]:
-    """Within it launchers compile for sm_<arch> in place of running; what they launched is filled in, by the hash of the code."""
+    """Within it launchers compile for sm_<arch> in place of running; what they compiled is filled in, by its hash."""
     results: dict[str, Compiled] = {}
 
-    def launch(kernel, grid, *args, **meta):
+    def launch(kernel: Any, grid: tuple[int, ...], *args: Any, choice: Choice | None = None, **meta: Any) -> None:
         if 0 in grid:
             return
-        result = kernel.warmup(*args, grid=grid, enable_fp_fusion=True, **meta)
+        meta = options(choice, meta)
+        result = kernel.warmup(*args, grid=grid, **meta)
         if result.hash not in results:
             resources = _registers_and_spills(result.asm["cubin"])
             results[result.hash] = Compiled(kernel.fn.__name__, arch, _words(meta), *resources, result.metadata.shared)
 
-    modules = [m for path, m in sys.modules.items() if path.startswith("fastlora.kernels.") and hasattr(m, "launch")]
+    loaded: list[Any] = [m for path, m in sys.modules.items() if path.startswith("fastlora.kernels.")]
+    modules = [module for module in loaded if hasattr(module, "launch")]
     launches = [module.launch for module in modules]
-    real_arch, driver = _tiles.arch, triton.runtime.driver
+    driver = triton.runtime.driver
     driver.set_active(_Driver(arch))
-    _tiles.arch = lambda device: arch
     for module in modules:
         module.launch = launch
     try:
-        yield results
+        with assumed_arch(arch):
+            yield results
     finally:
         for module, original in zip(modules, launches, strict=True):
             module.launch = original
-        _tiles.arch = real_arch
         driver.set_active(None)

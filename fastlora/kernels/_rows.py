@@ -1,0 +1,134 @@
+"""The shipped rows, as data: kernel × architecture × size of the call, each with where it comes from.
+
+Of a kernel and an architecture the first row that holds the call serves, so the narrowest come first and the last has
+no bounds. Architecture 0 is the default, for GPUs without a row of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+SCREENED = "screened"
+_ANY = 1 << 62
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block sizes along the rows, the columns of the output and the reduction; the most ranks one product takes; warps
+    of the program, and stages of its software pipeline."""
+
+    m: int = 1
+    n: int = 1
+    k: int = 1
+    r: int = 64
+    warps: int = 4
+    stages: int = 2
+
+    def __str__(self) -> str:
+        sizes = "×".join(str(size) for size in (self.m, self.n, self.k) if size > 1)
+        return f"{sizes} r{self.r} {self.warps}w {self.stages}s"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row that was timed: medians in ms, of the winner and of the best of what lost."""
+
+    gpu: str
+    date: str
+    torch: str
+    triton: str
+    ms: float
+    runner_up: str
+    runner_up_ms: float
+
+    def __str__(self) -> str:
+        against = f"{self.ms:.4g} ms, {self.runner_up} {self.runner_up_ms:.4g} ms"
+        return f"measured on {self.gpu}, {self.date}, torch {self.torch}, triton {self.triton}: {against}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    Attributes:
+        kernel, arch: what it is for. Kernels whose name ends in "_fp32" run without tensor cores.
+        tile: block sizes.
+        method: "triton", or the library's way where that is the safer bet: "addmm", "sdpa".
+        m, n, r: it holds calls of up to as many rows, columns of the output, and ranks.
+        provenance: SCREENED: compiled for the architecture, no spills, within its shared memory, best by the static
+            model (docs/tuning.md); or Measured.
+    """
+
+    kernel: str
+    arch: int
+    tile: Tile
+    method: str = "triton"
+    m: int = _ANY
+    n: int = _ANY
+    r: int = _ANY
+    provenance: str | Measured = field(default=SCREENED)
+
+
+ROWS = (
+    Row("lora_gemm", 80, Tile(m=128, n=256, k=64, r=16, warps=8, stages=4)),
+    Row("lora_gemm", 90, Tile(m=128, n=256, k=64, r=32, warps=8, stages=4), "addmm"),
+    Row("lora_gemm", 0, Tile(m=128, n=128, k=32, r=32, stages=4), "addmm"),
+    Row("lora_gemm_fp32", 0, Tile(m=32, n=32, k=32, r=16), "addmm"),
+    Row("lora_gemm_t", 80, Tile(m=128, n=256, k=64, r=16, warps=8, stages=4)),
+    Row("lora_gemm_t", 90, Tile(m=128, n=256, k=64, r=32, warps=8, stages=4), "addmm"),
+    Row("lora_gemm_t", 0, Tile(m=128, n=128, k=32, r=32, stages=4), "addmm"),
+    Row("lora_gemm_t_fp32", 0, Tile(m=32, n=32, k=32, r=16), "addmm"),
+    Row("lora_gemm_t_dropout", 80, Tile(m=64, n=128, k=32, r=32, warps=8, stages=4)),
+    Row("lora_gemm_t_dropout", 90, Tile(m=64, n=64, k=32, r=32, stages=4), "addmm"),
+    Row("lora_gemm_t_dropout", 0, Tile(m=64, n=128, k=32, r=32, warps=8, stages=4), "addmm"),
+    Row("lora_gemm_t_dropout_fp32", 0, Tile(m=32, n=32, k=16, r=16), "addmm"),
+    Row("lora_project", 0, Tile(m=32, k=128, stages=3)),
+    Row("lora_project_fp32", 0, Tile(m=16, k=32, r=16)),
+    Row("lora_project_dropout", 0, Tile(m=32, k=64, r=32, stages=3)),
+    Row("lora_project_dropout_fp32", 0, Tile(m=16, k=32, r=16)),
+    Row("lora_project_t", 90, Tile(m=32, k=64, stages=3)),
+    Row("lora_project_t", 0, Tile(m=32, k=128, stages=3)),
+    Row("lora_project_t_fp32", 0, Tile(m=16, k=32, r=16)),
+    Row("rms_norm_project", 0, Tile(m=32, k=128, stages=3)),
+    Row("rms_norm_project_fp32", 0, Tile(m=16, k=32, r=16)),
+    Row("rms_norm_project_dropout", 0, Tile(m=32, k=64, r=32, stages=3)),
+    Row("rms_norm_project_dropout_fp32", 0, Tile(m=16, k=32, r=16)),
+    Row("swiglu_project", 90, Tile(m=32, k=128)),
+    Row("swiglu_project", 0, Tile(m=32, k=128, stages=3)),
+    Row("swiglu_project_fp32", 0, Tile(m=16, k=32, r=16)),
+    Row("swiglu_project_dropout", 0, Tile(m=32, k=64, r=32, stages=3)),
+    Row("swiglu_project_dropout_fp32", 0, Tile(m=16, k=32, r=16)),
+    Row("lora_reduce", 0, Tile(m=64, n=128, stages=3)),
+    Row("lora_reduce_fp32", 0, Tile(m=32, n=32, r=16)),
+    Row("lora_reduce_dropout", 0, Tile(m=32, n=64, r=32)),
+    Row("lora_reduce_dropout_fp32", 0, Tile(m=16, n=32, r=16)),
+    Row("lora_reduce_t", 0, Tile(m=64, n=128, warps=8, stages=3)),
+    Row("lora_reduce_t_fp32", 0, Tile(m=32, n=32, r=16)),
+    Row("swiglu", 0, Tile(n=1024)),
+    # m queries by n keys, by head dimension up to 64, 128 and 256; decode: at most 16 queries. Padding takes
+    # registers in the forward.
+    Row("flash_attention_decode", 0, Tile(m=16, n=32)),
+    Row("flash_attention_fwd_d64", 0, Tile(m=128, n=64, warps=8, stages=3)),
+    Row("flash_attention_fwd_d64_fp32", 0, Tile(m=64, n=32, warps=8, stages=1)),
+    Row("flash_attention_fwd_d128", 0, Tile(m=128, n=64, warps=8, stages=3)),
+    Row("flash_attention_fwd_d128_fp32", 0, Tile(m=32, n=32, warps=8, stages=1)),
+    Row("flash_attention_fwd_d256", 0, Tile(m=64, n=32, warps=8)),
+    Row("flash_attention_fwd_d256_fp32", 0, Tile(m=16, n=16, stages=1)),
+    Row("flash_attention_fwd_d128_padded", 0, Tile(m=128, n=32, warps=8, stages=3)),
+    Row("flash_attention_dq_d64", 0, Tile(m=64, n=32, stages=3)),
+    Row("flash_attention_dq_d64_fp32", 0, Tile(m=32, n=32, warps=8, stages=1)),
+    Row("flash_attention_dq_d128", 0, Tile(m=64, n=32)),
+    Row("flash_attention_dq_d128_fp32", 0, Tile(m=16, n=16, warps=8, stages=1)),
+    Row("flash_attention_dq_d256", 90, Tile(m=32, n=32, warps=8)),
+    Row("flash_attention_dq_d256", 0, Tile(m=64, n=32, warps=8)),
+    Row("flash_attention_dq_d256_fp32", 90, Tile(m=16, n=16, warps=8, stages=1)),
+    Row("flash_attention_dq_d256_fp32", 0, Tile(m=16, n=16, stages=1)),
+    Row("flash_attention_dkdv_d64", 0, Tile(m=32, n=128, warps=8)),
+    Row("flash_attention_dkdv_d64_fp32", 0, Tile(m=32, n=32, warps=8, stages=1)),
+    Row("flash_attention_dkdv_d128", 90, Tile(m=16, n=128, warps=8, stages=3)),
+    Row("flash_attention_dkdv_d128", 0, Tile(m=64, n=64, warps=8)),
+    Row("flash_attention_dkdv_d128_fp32", 90, Tile(m=16, n=16, warps=8, stages=1)),
+    Row("flash_attention_dkdv_d128_fp32", 0, Tile(m=16, n=64, warps=8, stages=1)),
+    Row("flash_attention_dkdv_d256", 0, Tile(m=32, n=32, warps=8)),
+    Row("flash_attention_dkdv_d256_fp32", 0, Tile(m=16, n=16, warps=8, stages=1)),
+    Row("cross_entropy", 0, Tile(n=4096, warps=8)),
+)

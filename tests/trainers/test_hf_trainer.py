@@ -1,0 +1,163 @@
+"""transformers' Trainer over a patched model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from patching.tiny import assert_fused, row
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+
+import fastlora
+from fastlora.integrations import FastLoraCallback
+
+from .curves import STEPS, judge, llama, lora
+
+VOCAB = 300
+
+
+def rows(count: int = 4 * STEPS, longest: int = 14) -> list[dict[str, list[int]]]:
+    """Token ids with something to learn: each row counts up from a random start. Lengths differ."""
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.randint(3, 40, (count,), generator=generator).tolist()
+    lengths = torch.randint(5, longest, (count,), generator=generator).tolist()
+    made = [list(range(start, start + length)) for start, length in zip(starts, lengths)]
+    return [{"input_ids": ids, "labels": [-100, -100, *ids[2:]]} for ids in made]
+
+
+def pad(features: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    width = max(len(one["input_ids"]) for one in features)
+
+    def padded(name: str, filler: int) -> torch.Tensor:
+        return torch.tensor([one[name] + [filler] * (width - len(one[name])) for one in features])
+
+    ids = padded("input_ids", 0)
+    return {"input_ids": ids, "labels": padded("labels", -100), "attention_mask": (ids != 0).long()}
+
+
+def recording(cls: type) -> type:
+    """The trainer class, keeping the loss of every optimizer step, unrounded."""
+
+    class Recorder(cls):
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            self.micro = [*getattr(self, "micro", []), loss.detach()]
+            return loss
+
+        def losses(self):
+            steps = self.args.gradient_accumulation_steps
+            return [torch.stack(self.micro[i : i + steps]).sum() for i in range(0, len(self.micro), steps)]
+
+    return Recorder
+
+
+def trainer(model, path, *, collate=pad, callbacks=None, **options):
+    options = {"per_device_train_batch_size": 4, "save_strategy": "no", "max_steps": STEPS, **options}
+    arguments = TrainingArguments(
+        output_dir=str(path), optim="sgd", learning_rate=0.05, lr_scheduler_type="constant", report_to=[],
+        use_cpu=True, disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False, **options,
+    )  # fmt: skip
+    return recording(Trainer)(model, arguments, train_dataset=rows(), data_collator=collate, callbacks=callbacks)
+
+
+def case(path, **options):
+    def run(model, exact, made):
+        own = {**options, "bf16": False} if exact else options
+        found = trainer(model, path, **own)
+        made(found.model)
+        found.train()
+        return found.losses()
+
+    return run
+
+
+GROUPED = (
+    {"group_by_length": True}
+    if transformers.__version__.startswith("4.")
+    else {"train_sampling_strategy": "group_by_length"}
+)
+CASES = {
+    "plain": {},
+    "label smoothing": {"label_smoothing_factor": 0.1},
+    "group by length": GROUPED,
+    "bf16": {"bf16": True},
+}
+HALVES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training(name, tmp_path, record_property):
+    model, figures = judge(case(tmp_path, **CASES[name]))
+    record_property("figures", figures)
+    assert_fused(model, head=name != "label smoothing")
+
+
+def test_accumulated_micro_batches_equal_one_batch(tmp_path, record_property):
+    """Float64 trains on the whole batch at once."""
+    model, figures = judge(case(tmp_path, **HALVES), exact=case(tmp_path))
+    record_property("figures", figures)
+    assert_fused(model, calls=2 * STEPS)
+
+
+def test_packed_equals_padded(tmp_path, record_property):
+    """Float64 trains on padded rows; DataCollatorWithFlattening makes one row of several, told apart by position_ids."""
+    model, figures = judge(case(tmp_path, collate=DataCollatorWithFlattening()), exact=case(tmp_path))
+    record_property("figures", figures)
+    assert_fused(model)
+    assert row(model, ".self_attn.attention").fused == STEPS
+
+
+def test_gradient_checkpointing(tmp_path, record_property):
+    """Float64 stores: what computes for it in float64 does not see the second pass."""
+    model, figures = judge(case(tmp_path, gradient_checkpointing=True), exact=case(tmp_path))
+    record_property("figures", figures)
+    assert_fused(model, head=True)
+    assert row(model, "layers.0.mlp").fused == 2 * STEPS
+
+
+def test_bf16_base(tmp_path, record_property):
+    """bf16 weights, fp32 adapters, autocast: what most people train."""
+    model, figures = judge(case(tmp_path, bf16=True), dtype=torch.bfloat16)
+    record_property("figures", figures)
+    assert_fused(model)
+
+
+def test_resumed_equals_uninterrupted(tmp_path):
+    """To the bit: losses and adapters of the steps after the checkpoint, dropout and all."""
+
+    def start(path, **options):
+        torch.manual_seed(0)
+        model = lora(llama(0), lora_dropout=0.1)
+        return trainer(fastlora.patch(model), path, save_strategy="steps", save_steps=6, **options)
+
+    whole = start(tmp_path)
+    whole.train()
+    resumed = start(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert len(resumed.micro) == STEPS - 6
+    assert resumed.micro == whole.micro[6:]
+    for name, weight in resumed.model.named_parameters():
+        assert torch.equal(weight, whole.model.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("when", ["given", "added", "model_init"])
+def test_callback(when, tmp_path, capsys):
+    """Patches a trainer's model, and prints what is fused."""
+    callback = FastLoraCallback(strict=True)
+    model = lora(llama(0))
+    run = trainer(model, tmp_path, callbacks=[callback] if when == "given" else None)
+    assert any(r.why != "not patched" for r in fastlora.explain(model).rows) == (when == "given")
+    if when != "given":
+        run.add_callback(callback)
+    if when == "model_init":
+        run.model_init = lambda: lora(llama(0))
+    run.train()
+    assert (run.model is model) == (when != "model_init")
+    assert_fused(run.model, calls=STEPS)
+    assert "fastlora: 28 of 28 modules are fused" in capsys.readouterr().out
+
+
+def test_callback_is_strict(tmp_path):
+    model = lora(llama(0, hidden_act="gelu"))
+    with pytest.raises(fastlora.NotFused, match="gelu"):
+        trainer(model, tmp_path, callbacks=[FastLoraCallback(strict=True)])

@@ -12,7 +12,7 @@ Where the model is patched does not show in a single bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from budget import FACTOR
@@ -46,19 +46,25 @@ def llama(seed: int, **config) -> nn.Module:
     return tiny_llama(seed, **{**sizes, **config})
 
 
-def train(case: Case, seed: int, patched: str | None, exact: bool = False, **config) -> Training:
+def train(
+    case: Case, seed: int, patched: str | None, exact: bool = False, attach: Callable = lora, **config
+) -> Training:
     """One training. ``patched``: the base before it gets adapters, the model with them, or the trainer's model."""
     base = llama(seed, **config)
-    model = lora(fastlora.patch(base) if patched == "base" else base)
+    model = attach(fastlora.patch(base) if patched == "base" else base)
     if patched == "adapters":
         fastlora.patch(model)
     if exact:
         model.double()
-    before = adapters(model)
+    found: dict[str, Any] = {}
+
+    def made(model: nn.Module) -> None:
+        found.update(model=fastlora.patch(model) if patched == "trainer" else model, before=adapters(model))
+
     torch.manual_seed(seed)
-    losses = case(model, exact=exact, made=fastlora.patch if patched == "trainer" else lambda model: model)
+    losses = case(model, exact=exact, made=made)
     assert len(losses) == STEPS
-    return Training(torch.stack([loss.detach() for loss in losses]), adapters(model), before, model)
+    return Training(torch.stack([loss.detach() for loss in losses]), adapters(found["model"]), **found)
 
 
 def truth(case: Case, seed: int, **config) -> Training:
@@ -92,12 +98,12 @@ def judge(
         case: the training.
         exact: what to train in float64, where that is not ``case``: what is said to be the same.
         places: where to patch. All give the same bits.
+        attach: gives the base its adapters; LoRA on all linear layers, if the trainer does not do it.
         config: of the Llama.
     """
     ours, eager, rounding = [], [], []
     for seed in seeds:
         true = truth(exact or case, seed, **config)
-        assert true.losses[-3:].mean() < true.losses[:3].mean(), "nothing was learned"
         patched = train(case, seed, places[0], **config)
         ours.append(drift(patched, true))
         eager.append(drift(train(case, seed, None, **config), true))
@@ -114,6 +120,6 @@ def judge(
         for what, a, b, c in zip(("losses", "adapters"), mine, yardstick, floor, strict=True)
     ]
     print(figures)
-    assert torch.stack([mine, yardstick, floor]).isfinite().all(), figures
+    assert torch.stack([mine, yardstick, floor]).isfinite().all(), "an adapter was not trained"
     assert (mine <= FACTOR * yardstick + floor).all(), "\n".join(figures)
     return patched.model, "; ".join(figures)

@@ -64,7 +64,7 @@ class Watch:
 
 # By the backbone: it is called as a module whoever drives it, where PEFT calls the forward of the model around it.
 _watches: weakref.WeakKeyDictionary[Any, Watch] = weakref.WeakKeyDictionary()
-_all: list[Watch] = []
+_all: list[Watch] = []  # those of this run
 
 
 def _watch(model: Any) -> None:
@@ -138,7 +138,10 @@ def patching_what_is_built() -> Iterator[None]:
         hooked.append(cls)
 
     finder = _AfterImport(LLAMA, hook)
-    sys.meta_path.insert(0, finder)
+    if LLAMA in sys.modules:
+        hook(sys.modules[LLAMA])
+    else:
+        sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
@@ -173,6 +176,7 @@ def main(argv: list[str]) -> None:
             _say(watch.report())
         if not _all:
             _say("fastlora: the script built no Llama model: nothing was fused")
+        _all.clear()
 
 
 if __name__ == "__main__":

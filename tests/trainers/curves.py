@@ -78,9 +78,7 @@ def drift(found: Training, exact: Training) -> torch.Tensor:
     """Of the losses, and of the adapters."""
     assert found.adapters.keys() == exact.adapters.keys()
     losses = (found.losses.double() - exact.losses).square().mean().sqrt()
-    errors = [
-        (found.adapters[name] - w).norm() / (w - exact.before[name]).norm() for name, w in exact.adapters.items()
-    ]
+    errors = [(found.adapters[name] - w).norm() / (w - exact.before[name]).norm() for name, w in exact.adapters.items()]
     return torch.stack([losses, torch.stack(errors).square().mean().sqrt()])
 
 

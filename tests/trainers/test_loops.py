@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from patching.tiny import assert_fused, batch, row
+from patching.tiny import assert_fused, batch
 
 import fastlora
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 from datasets import Dataset
-from patching.tiny import assert_fused, row
+from patching.tiny import row
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
@@ -151,9 +151,7 @@ def grpo(path, tokenizer):
 
 def test_grpo(tmp_path, tokenizer, record_property):
     case = grpo(tmp_path, tokenizer)
-    model, figures = judge(
-        case, attach=adapters_of_the_trainer, places=("base", "trainer"), seeds=(0,)
-    )
+    model, figures = judge(case, attach=adapters_of_the_trainer, places=("base", "trainer"), seeds=(0,))
     record_property("figures", figures)
     assert_layers_fused(model)
     assert row(model, "layers.0.mlp.up_proj").fused > 3 * STEPS, "generation, reference, policy"

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .memory import Memory
+
 FUSED = "fused"
 
 
@@ -21,10 +23,14 @@ class Part(NamedTuple):
 
 
 class State:
-    """What patch() leaves on a module: the chosen ops, and how often each part was fused or passed through."""
+    """What patch() leaves on a module: the chosen ops, and how often each part was fused or passed through.
 
-    def __init__(self, ops: frozenset[str]) -> None:
+    The memory policy is one object for all modules of a model.
+    """
+
+    def __init__(self, ops: frozenset[str], memory: Memory) -> None:
         self.ops = ops
+        self.memory = memory
         self.calls: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.attention: str | None = None  # the implementation that ours stands in for
 

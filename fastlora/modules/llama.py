@@ -15,7 +15,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama import modeling_llama as hf
 
 from ..ops import linear_cross_entropy, rms_norm, rope, swiglu
-from . import attention, lora
+from ..planning.activations import Adapters
+from . import attention, lora, memory
 from ._fused import Fused, Part, why_not_called, why_not_plain
 from .lazy_logits import LazyLogits
 
@@ -146,9 +147,24 @@ class LlamaDecoderLayer(Fused, hf.LlamaDecoderLayer):
                 return why
         return why_not_plain(self.input_layernorm.weight, self.post_attention_layernorm.weight)
 
+    def adapters(self) -> Adapters | None:
+        """The adapters of this layer's projections; None where not all of it runs fused."""
+        if self._why_not() or self.mlp._why_not_swiglu():
+            return None
+        attends = lora.adapters(self.self_attn, ("q_proj", "k_proj", "v_proj", "o_proj"))
+        mlp = lora.adapters(self.mlp, ("gate_proj", "up_proj", "down_proj"))
+        if attends is None or mlp is None:
+            return None
+        both = [*attends, *mlp]
+        return Adapters(tuple((name, rank) for name, rank, _ in both if rank), max(rate for _, _, rate in both))
+
     def parts(self) -> list[Part]:
         why = self._why_not()
-        return [Part("", "transformers, module by module" if why else "fastlora norm + projections + residual", why)]
+        parts = [Part("", "transformers, module by module" if why else "fastlora norm + projections + residual", why)]
+        policy = self._fastlora.memory.last(self)
+        if policy and policy != memory.KEEP:
+            parts.append(Part("memory", memory.WORDS[policy], None))
+        return parts
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         why = "arguments by position" if args else self._why_not() or why_not_plain(hidden_states)
@@ -156,6 +172,19 @@ class LlamaDecoderLayer(Fused, hf.LlamaDecoderLayer):
         if why is None and any(norm.weight.dtype not in (hidden_states.dtype, torch.float32) for norm in norms):
             why = "mixed dtypes of x and the norms"
         self.count("", why)
+        policy = self._fastlora.memory.policy(self, hidden_states)
+        if policy != memory.KEEP:
+            self.count("memory")
+        if policy == memory.MLP and why is None:
+            x = self.self_attn.normed(hidden_states, self.input_layernorm, **kwargs)
+            return memory.checkpoint(self.mlp.normed, x, self.post_attention_layernorm)
+        if policy == memory.KEEP:
+            return self._layer(why, hidden_states, *args, **kwargs)
+        # As under transformers' own checkpointing: the second forward would write to the cache again.
+        kwargs["past_key_values"] = None
+        return memory.checkpoint(self._layer, why, hidden_states, *args, **kwargs)
+
+    def _layer(self, why: str | None, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if why:
             return super().forward(hidden_states, *args, **kwargs)
         x = self.self_attn.normed(hidden_states, self.input_layernorm, **kwargs)
@@ -185,11 +214,13 @@ class LlamaForCausalLM(Fused, hf.LlamaForCausalLM):
         if not isinstance(self, Fused):  # accelerate may keep this forward, wrapped, on the instance after unpatch
             return hf.LlamaForCausalLM.forward(self, *args, **kwargs)
         labels = kwargs.get("labels")
+        self._fastlora.memory.fused_loss = False
         if labels is None or not self.training or not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
         if why := self._why_not_loss(kwargs):
             self.count("", why)
             return super().forward(*args, **kwargs)
+        self._fastlora.memory.fused_loss = True
         kwargs.pop("labels")
         kwargs.pop("logits_to_keep", None)
         outputs = self.model(*args, **kwargs)

@@ -106,6 +106,19 @@ def part(owner: Fused, name: str) -> Part:
     return Part(name, kind, read) if isinstance(read, str) else Part(name, read.runs, None)
 
 
+def adapters(owner: Any, names: Sequence[str]) -> list[tuple[str, int, float]] | None:
+    """Name, ranks together, and dropout of each of these projections; None where one is left to its own forward."""
+    found = []
+    for name in names:
+        one = _read(getattr(owner, name)) if "lora_linear" in owner._fastlora.ops else "lora_linear is not chosen"
+        if isinstance(one, str):
+            return None
+        branches = one.projection.branches
+        ranks = sum(branch.a.shape[0] for branch in branches)
+        found.append((name, ranks, max((branch.dropout for branch in branches), default=0.0)))
+    return found
+
+
 def read(owner: Fused, name: str, dtype: torch.dtype, device: torch.device) -> Read | None:
     """The projection ``owner.name`` if a fused operator may compute it on such an input; counts the decision."""
     if "lora_linear" not in owner._fastlora.ops:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..kernels import _library
 from ..modules._fused import FUSED, Fused, State, instance_forward, original_class
+from ..modules.memory import Memory, parse
 from .plan import Plan, Row
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -94,7 +95,9 @@ def _restore(states: dict[nn.Module, tuple[type, State | None]]) -> None:
         _become(module, cls, state)
 
 
-def patch(model: Model, ops: Iterable[str] | None = None, strict: bool = False) -> Model:
+def patch(
+    model: Model, ops: Iterable[str] | None = None, strict: bool = False, memory: str | int = "fast"
+) -> Model:
     """Fuse the Llama modules of ``model`` in place, before or after ``get_peft_model``, and return it.
 
     Only this model changes: the class of its modules, and, where attention was SDPA's, the name of the implementation
@@ -105,18 +108,24 @@ def patch(model: Model, ops: Iterable[str] | None = None, strict: bool = False) 
         model: a LlamaForCausalLM, or anything that contains one (a PeftModel, a wrapper).
         ops: which ops to use, by name; all by default. See fastlora.patching.engine.OPS.
         strict: raise NotFused, with the model as it was, if anything that could be fused would not be.
+        memory: what layers keep for backward. "fast": everything. "lean": their input alone; the backward computes
+            each layer again. "auto": of every layer all, all but the MLP's part, or the input alone, so that least is
+            computed again and the step fits the free memory of the device; decided by the tokens of the batch, before
+            anything is allocated, and anew when they grow. A number of bytes, or "20GB" or "20GiB": as "auto", with
+            that for what a step adds to model, gradients and optimizer state. Where the trainer's own gradient
+            checkpointing is on, or a compiler traces the model, that decides instead.
 
     Raises:
-        TypeError, ValueError: model is not a torch.nn.Module, or ops has unknown names.
+        TypeError, ValueError: model is not a torch.nn.Module, ops has unknown names, or memory is none of these.
         NotFused: with strict=True.
     """
     _check_model(model)
-    chosen = _check_ops(ops)
+    chosen, policy = _check_ops(ops), Memory(parse(memory))
     before = _states(model)
     for _, module, swap in _candidates(model):
         mine = chosen & swap.ops
         if mine and swap.why_not(module) is None:
-            state = State(frozenset(mine))
+            state = State(frozenset(mine), policy)
             if isinstance(module, Fused):
                 state.calls = copy.deepcopy(module._fastlora.calls)
             _become(module, swap.fast, state)
@@ -140,12 +149,14 @@ def unpatch(model: Model) -> Model:
 
 
 @contextmanager
-def patched(model: Model, ops: Iterable[str] | None = None, strict: bool = False) -> Iterator[Model]:
+def patched(
+    model: Model, ops: Iterable[str] | None = None, strict: bool = False, memory: str | int = "fast"
+) -> Iterator[Model]:
     """``with patched(model):`` patch, and put back what was there before."""
     _check_model(model)
     before = _states(model)
     try:
-        yield patch(model, ops=ops, strict=strict)
+        yield patch(model, ops=ops, strict=strict, memory=memory)
     finally:
         _restore(before)
 

@@ -3,46 +3,13 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The field's letters: hidden H, ffn F, layers, heads, kv_heads, vocab V."""
-
-    hidden: int
-    ffn: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocab: int = 32000
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden // self.heads
-
-    def projections(self) -> dict[str, tuple[int, int]]:
-        """(N, K) of every projection of a layer."""
-        kv = self.kv_heads * self.head_dim
-        H, F = self.hidden, self.ffn
-        sizes = ((H, H), (kv, H), (kv, H), (H, H), (F, H), (F, H), (H, F))
-        return dict(zip(PROJECTIONS, sizes, strict=True))
-
-    def layer_weights(self) -> int:
-        """Parameters in the projections of one layer."""
-        return sum(n * k for n, k in self.projections().values())
-
-    def flops(self, tokens: int, sequence: int) -> float:
-        """FLOPs of a training step's products: 4 per frozen weight and token (y and dx; W itself gets no gradient) in
-        layers and head, and causal attention, 2·T·H forward and 2.5 times that backward, per token and layer."""
-        weights = self.layers * self.layer_weights() + self.vocab * self.hidden
-        return tokens * (4.0 * weights + 3.5 * 2 * sequence * self.hidden * self.layers)
-
+from fastlora import planning
+from fastlora.planning.shapes import PROJECTIONS, Shape
 
 FORMULA = "tokens · (4·(layers·projections + V·H) + 3.5·2·T·H·layers)"
 SHAPES = {
@@ -50,10 +17,7 @@ SHAPES = {
     "mini": Shape(512, 1376, 8, 8, 8),
     "small": Shape(1024, 2752, 8, 16, 16),
     "l7b": Shape(4096, 11008, 1, 32, 32),
-    "7b": Shape(4096, 11008, 32, 32, 32),
-    "13b": Shape(5120, 13824, 40, 40, 40),
-    "34b": Shape(8192, 22016, 48, 64, 8),
-    "70b": Shape(8192, 28672, 80, 64, 8),
+    **planning.SHAPES,
 }
 
 

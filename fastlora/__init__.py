@@ -16,13 +16,27 @@ from ._version import __version__
 if TYPE_CHECKING:
     from . import ops
     from .patching import NotFused, Plan, explain, patch, patched, unpatch
+    from .planning import TrainingPlan, plan
 
-__all__ = ["NotFused", "Plan", "__version__", "explain", "ops", "patch", "patched", "unpatch"]
+__all__ = [
+    "NotFused",
+    "Plan",
+    "TrainingPlan",
+    "__version__",
+    "explain",
+    "ops",
+    "patch",
+    "patched",
+    "plan",
+    "unpatch",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name == "ops":
         return importlib.import_module(".ops", __name__)
+    if name in ("TrainingPlan", "plan"):
+        return getattr(importlib.import_module(".planning", __name__), name)
     if name in __all__:
         return getattr(importlib.import_module(".patching", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

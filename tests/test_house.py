@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fastlora"
-FLOORS = ("cli", "integrations", "patching", "tuning", "modules", "ops", "kernels", "reference")
+FLOORS = ("cli", "integrations", "patching", "tuning", "modules", "ops", "planning", "kernels", "reference")
 LINES = 420
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 import fastlora
+from fastlora.planning.energy import INTENSITY, PUE
 
 from .settings import Settings
 
@@ -135,3 +136,51 @@ def explain(
     from .explain import explain as run
 
     run(model, adapter, _console())
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="7b, 13b, 34b, 70b, a config.json, a model directory or a Hugging Face id.")],
+    tokens: Annotated[str, typer.Option(help="Tokens to train on, all epochs together: 1000000, 1e6, 1M, 1B.")],
+    gpu: Annotated[str, typer.Option(help="a100-80gb, a100-40gb, h100-80gb, h200-141gb, or auto.")] = "a100-80gb",
+    gpus: Annotated[int, typer.Option(min=1, help="How many GPUs.")] = 1,
+    engine: Annotated[
+        str | None, typer.Option(help="single, ddp, zero2, fsdp2 or zero3.  [default: the first that fits]")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="LoRA rank.")] = DEFAULT.rank,
+    dropout: Annotated[float, typer.Option(min=0, max=0.99, help="LoRA dropout.")] = DEFAULT.dropout,
+    targets: Annotated[str, typer.Option(help="all-linear, or module names: q_proj,v_proj.")] = DEFAULT.targets,
+    seq: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 4096,
+    quant: Annotated[str | None, typer.Option(help="nf4 for a 4-bit base.  [default: bf16]")] = None,
+    memory: Annotated[str, typer.Option(help="auto, fast (no recomputation) or lean (all layers).")] = "auto",
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences per GPU and step.  [default: the fastest that fits]")
+    ] = None,
+    watts: Annotated[float | None, typer.Option(help="Per GPU.  [default: its design limit]")] = None,
+    intensity: Annotated[float, typer.Option(help="kg CO2eq per kWh.")] = INTENSITY,
+    pue: Annotated[float, typer.Option(help="Power usage effectiveness of the data centre.")] = PUE,
+    measured: Annotated[
+        str | None, typer.Option(help="Results of python -m bench on this GPU: their rates replace modelled ones.")
+    ] = None,
+    plot: Annotated[str | None, typer.Option(help="Write stacked bars of memory and time to this PNG.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Say before a run whether it fits, how fast it is, and what it costs in GPU hours, kWh and kg CO2eq.
+
+    Beside it, the same for PEFT's default. Needs no GPU and loads no weights.
+    """
+    from pathlib import Path
+
+    from . import plan as planned
+
+    chosen = {} if targets == "all-linear" else {"targets": [name.strip() for name in targets.split(",")]}
+    made = planned.make(
+        model, tokens, gpu, gpus=gpus, engine=engine, rank=rank, dropout=dropout, seq=seq, quant=quant, memory=memory,
+        micro_batch=micro_batch, watts=watts, intensity=intensity, pue=pue, measured=measured, **chosen,
+    )  # fmt: skip
+    if plot:
+        planned.plot(made, Path(plot))
+    if json:
+        print(planned.to_json(made))
+    else:
+        planned.show(made, _console())

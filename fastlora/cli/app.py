@@ -140,7 +140,7 @@ def explain(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Option(help="7b, 13b, 34b, 70b, a config.json, a model directory or a Hugging Face id.")],
+    model: Annotated[str, typer.Option(help="7b, 13b, 34b, 70b, a config.json, a model directory or a Hub id.")],
     tokens: Annotated[str, typer.Option(help="Tokens to train on, all epochs together: 1000000, 1e6, 1M, 1B.")],
     gpu: Annotated[str, typer.Option(help="a100-80gb, a100-40gb, h100-80gb, h200-141gb, or auto.")] = "a100-80gb",
     gpus: Annotated[int, typer.Option(min=1, help="How many GPUs.")] = 1,

@@ -165,5 +165,3 @@ def checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
     from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
     return torch_checkpoint(function, *args, use_reentrant=False, **kwargs)
-
-

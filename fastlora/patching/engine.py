@@ -95,9 +95,7 @@ def _restore(states: dict[nn.Module, tuple[type, State | None]]) -> None:
         _become(module, cls, state)
 
 
-def patch(
-    model: Model, ops: Iterable[str] | None = None, strict: bool = False, memory: str | int = "fast"
-) -> Model:
+def patch(model: Model, ops: Iterable[str] | None = None, strict: bool = False, memory: str | int = "fast") -> Model:
     """Fuse the Llama modules of ``model`` in place, before or after ``get_peft_model``, and return it.
 
     Only this model changes: the class of its modules, and, where attention was SDPA's, the name of the implementation

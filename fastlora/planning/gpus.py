@@ -66,15 +66,21 @@ def _stream(datasheet: float) -> tuple[float, str]:
     )
 
 
-_A100 = {"gemm": (245, _LIGER_GEMM), "attention": (190, 165, _FA2_CHART), "link": 230}
-_HOPPER = {"gemm": (680, _HOPPER_GEMM), "attention": (520, 430, _FA3_CHART), "link": 345}
+def _a100(bandwidth: float, skinny: float) -> dict[str, Rate]:
+    return _rates((245, _LIGER_GEMM), (190, 165, _FA2_CHART), _stream(bandwidth), skinny, 230)
+
+
+def _hopper(bandwidth: float, skinny: float) -> dict[str, Rate]:
+    return _rates((680, _HOPPER_GEMM), (520, 430, _FA3_CHART), _stream(bandwidth), skinny, 345)
+
+
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        GPU("a100-80gb", 84.9e9, 400, "A100-SXM4-80GB", _rates(**_A100, copy=_stream(2.04), skinny=1.2)),
-        GPU("a100-40gb", 42.3e9, 400, "A100-SXM4-40GB", _rates(**_A100, copy=_stream(1.555), skinny=0.9)),
-        GPU("h100-80gb", 84.9e9, 700, "H100 80GB", _rates(**_HOPPER, copy=_stream(3.35), skinny=1.95)),
-        GPU("h200-141gb", 150.1e9, 700, "H200", _rates(**_HOPPER, copy=_stream(4.8), skinny=2.8)),
+        GPU("a100-80gb", 84.9e9, 400, "A100-SXM4-80GB", _a100(2.04, 1.2)),
+        GPU("a100-40gb", 42.3e9, 400, "A100-SXM4-40GB", _a100(1.555, 0.9)),
+        GPU("h100-80gb", 84.9e9, 700, "H100 80GB", _hopper(3.35, 1.95)),
+        GPU("h200-141gb", 150.1e9, 700, "H200", _hopper(4.8, 2.8)),
     )
 }
 
@@ -105,7 +111,7 @@ def with_measured(gpu: GPU, path: str | Path) -> GPU:
     """``gpu`` with the rates found in a results file of ``python -m bench``, or a folder of them.
 
     GEMM and skinny products from the benchmarks of those kernels, elementwise from RMSNorm, RoPE and SwiGLU,
-    attention from the fastest of all that ran; in bf16, green in parity, and timed from a CUDA graph where there is one.
+    attention from the fastest of all that ran; in bf16, green in parity, timed from a CUDA graph where there is one.
 
     Raises:
         ValueError: the file is not there, is of another GPU, or holds none of these.

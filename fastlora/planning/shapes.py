@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def shape_of(config: Any) -> Shape:
         if str(config).lower() in SHAPES:
             return SHAPES[str(config).lower()]
         config = _read(Path(config))
-    get = config.get if isinstance(config, Mapping) else lambda name: getattr(config, name, None)
+    get: Callable[[str], Any] = config.get if isinstance(config, Mapping) else lambda name: getattr(config, name, None)
     wanted = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     if missing := [name for name in wanted if not isinstance(get(name), int)]:
         raise ValueError(f"config is a {type(config).__name__} without {', '.join(missing)}, needs a Llama config")

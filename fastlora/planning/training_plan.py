@@ -158,7 +158,7 @@ def _engines(engine: str | None, gpus: int) -> tuple[str, ...]:
         return ("ddp", "fsdp2") if gpus > 1 else ("single",)
     _checked([engine], "engine", ENGINES)
     if (engine == "single") != (gpus == 1):
-        raise ValueError(f"engine is {engine!r} and gpus is {gpus}: 'single' goes with one GPU, the others with several")
+        raise ValueError(f"engine is {engine!r} and gpus is {gpus}: 'single' goes with one, the others with several")
     return (engine,)
 
 
@@ -201,7 +201,8 @@ class _Job:
                 best = rate, sequences, chosen, times
         sequences = best[1] if best else self.micro_batch or 1
         fallback = (KEEP if self.memory == "fast" else LAYER,) * self.shape.layers
-        chosen, times, rate = (best[2], best[3], best[0]) if best else (fallback, {}, None)
+        chosen, times = best[2:] if best else (fallback, {})
+        rate = best[0] if best else None
         hours = None if rate is None else self.tokens / rate / 3600
         used = None if hours is None else hours * cluster.gpus
         spent = None if used is None else energy.kwh(used, self.watts, self.pue)
@@ -222,7 +223,7 @@ class _Job:
         }  # fmt: skip
 
     def _candidates(self) -> Iterator[int]:
-        """Sequences per micro-batch to try: each up to 32, then in steps of a sixteenth, as long as there are tokens."""
+        """Sequences per micro-batch to try: each up to 32, then in steps of a sixteenth, while tokens last."""
         if self.micro_batch:
             yield self.micro_batch
             return

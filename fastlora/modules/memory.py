@@ -104,6 +104,7 @@ class Memory:
             shape,
             adapters or Adapters.uniform(64),
             tokens,
+            x.shape[-2],
             itemsize=product.itemsize,
             residual_itemsize=x.dtype.itemsize,
             device=device,
@@ -135,10 +136,13 @@ def free_bytes(device: torch.device) -> float:
     for limit, used in _CGROUPS:
         try:
             most = int(Path(limit).read_text())
-            if most < total:
-                total, free = most, min(free, most - int(Path(used).read_text()))
+            # What the group has of files in memory goes when it is wanted.
+            cached = re.search(r"^(?:total_)?inactive_file (\d+)", Path(used).with_name("memory.stat").read_text(), re.M)
+            taken = int(Path(used).read_text()) - int(cached[1] if cached else 0)
         except (OSError, ValueError):  # no such group, or "max"
             continue
+        if most < total:
+            total, free = most, min(free, most - taken)
     return free - _RESERVE * total
 
 

@@ -91,17 +91,25 @@ def peft_saved(
     return {kind: float(size) for kind, size in kept.items() if size}
 
 
-def workspace(shape: Shape, itemsize: int = 2) -> float:
-    """Bytes per token alive beside what is saved where a layer's backward needs most: in SwiGLU's backward.
+def workspace(
+    shape: Shape, adapters: Adapters, itemsize: int = 2, residual_itemsize: int | None = None
+) -> tuple[float, float]:
+    """Bytes per token, and beside them, that live where a layer's backward needs most: in that of SwiGLU and down_proj.
 
-    The gradient of the layer's output, dh, dgate, dup, and h again for the gradient of down_proj's A.
+    Per token: the gradient of the layer's output, in the products' dtype too where that is another; dh, dgate, dup, and
+    h again; ds. Beside them: dA and dB of down_proj, in fp32.
     """
-    return float(itemsize * (shape.hidden + 4 * shape.ffn))
+    residual = residual_itemsize or itemsize
+    down = dict(adapters.ranks).get("down_proj", 0)
+    output = shape.hidden * (residual + (itemsize if residual != itemsize else 0))
+    return float(output + itemsize * (4 * shape.ffn + down)), 4.0 * down * (shape.ffn + shape.hidden)
 
 
-def peft_workspace(shape: Shape, itemsize: int = 2) -> float:
+def peft_workspace(
+    shape: Shape, adapters: Adapters, itemsize: int = 2, residual_itemsize: int | None = None
+) -> tuple[float, float]:
     """As ``workspace``, of PEFT: the gradient of down_proj's input comes once from W and once, in fp32, from A."""
-    return float(itemsize * shape.hidden + (2 * itemsize + 8) * shape.ffn)
+    return float((residual_itemsize or itemsize) * shape.hidden + (2 * itemsize + 8) * shape.ffn), 0.0
 
 
 def recomputed_flops(shape: Shape, adapters: Adapters, policy: str, sequence: int) -> float:

@@ -11,28 +11,29 @@ ENGINES = ("single", "ddp", "zero2", "fsdp2", "zero3")
 _SHARD_WEIGHTS = ("fsdp2", "zero3")
 _SHARD_STATE = ("zero2", "fsdp2", "zero3")
 # NF4 with double quantisation: 4 bits, an 8-bit scale per 64 weights, an fp32 scale of scales per 256 of those.
-BITS = {None: 16.0, "nf4": 4 + 8 / 64 + 32 / (64 * 256)}
+BITS = {"nf4": 4 + 8 / 64 + 32 / (64 * 256)}
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Bytes on each of ``gpus`` GPUs. Weights are bf16 or, in the projections, NF4; adapters are fp32."""
+    """Bytes on each of ``gpus`` GPUs. Weights have ``itemsize`` bytes or, in the projections, NF4; adapters are fp32."""
 
     shape: Shape
     adapters: Adapters
     gpus: int
     engine: str
     quant: str | None
+    itemsize: int = 2
 
     @property
     def layer(self) -> float:
         """Bytes of the frozen projections of one layer."""
-        return self.shape.layer_weights() * BITS[self.quant] / 8
+        return self.shape.layer_weights() * (BITS[self.quant] / 8 if self.quant else self.itemsize)
 
     @property
     def ends(self) -> float:
         """Bytes of embedding and head."""
-        return 2.0 * self.shape.vocab * self.shape.hidden * (1 if self.shape.tied else 2)
+        return float(self.itemsize) * self.shape.vocab * self.shape.hidden * (1 if self.shape.tied else 2)
 
     @property
     def trained(self) -> int:
@@ -41,7 +42,7 @@ class Cluster:
 
     def resident(self) -> dict[str, float]:
         """By kind: weights, adapters, gradients, AdamW's two moments, and weights gathered from other GPUs."""
-        norms = 2.0 * self.shape.hidden * (2 * self.shape.layers + 1)
+        norms = float(self.itemsize) * self.shape.hidden * (2 * self.shape.layers + 1)
         weights = self.shape.layers * self.layer + self.ends + norms
         shards = self.gpus if self.engine in _SHARD_WEIGHTS else 1
         states = self.gpus if self.engine in _SHARD_STATE else 1
@@ -56,7 +57,7 @@ class Cluster:
         if shards > 1:  # the layer that computes, the next one, and the ends, which stay gathered
             parts["gathered weights"] = 2 * self.layer + self.ends
         if self.quant:  # one projection, made bf16
-            parts["dequantised weight"] = 2.0 * max(n * k for n, k in self.shape.projections().values())
+            parts["dequantised weight"] = float(self.itemsize) * max(n * k for n, k in self.shape.projections().values())
         return parts
 
     def gathered(self) -> float:

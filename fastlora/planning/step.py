@@ -13,6 +13,7 @@ def step_bytes(
     shape: Shape,
     adapters: Adapters,
     tokens: int,
+    sequence: int,
     *,
     itemsize: int = 2,
     residual_itemsize: int | None = None,
@@ -23,30 +24,32 @@ def step_bytes(
     """What a step of ``tokens`` tokens adds, by policy.
 
     Args:
-        itemsize, residual_itemsize: as in activations.saved.
+        sequence: tokens of one row, for the rotary tables and positions.
+        itemsize: bytes of a number of the products' dtype.
+        residual_itemsize: of the residual stream, where autocast makes them differ.
         device: "cuda" or "cpu", by which the loss chooses its chunk.
         fused: the layers run fused; False: as transformers and PEFT compute them.
         fused_loss: the loss never holds the logits; False: it holds them, and their gradient, in fp32 and in the dtype.
     """
+    residual = residual_itemsize or itemsize
     kept, work = activations.saved, activations.workspace
     if not fused:
         kept, work = activations.peft_saved, activations.peft_workspace
-    layer = {p: tokens * sum(kept(shape, adapters, p, itemsize, residual_itemsize).values()) for p in POLICIES}
+    layer = {p: tokens * sum(kept(shape, adapters, p, itemsize, residual).values()) for p in POLICIES}
     if not fused and itemsize < 4:  # autocast's copies of A and B
         layer[activations.KEEP] += itemsize * adapters.parameters(shape)
-    hidden = float(tokens * shape.hidden * itemsize)
-    return StepBytes(layer, tokens * work(shape, itemsize), hidden + loss_bytes(
-        shape, tokens, itemsize, residual_itemsize, device, fused_loss
-    ), hidden)  # fmt: skip
+    per_token, beside = work(shape, adapters, itemsize, residual)
+    # The last norm's output, which the caller may still read logits from; cos, sin and positions; loss and divisor.
+    outside = float(tokens * shape.hidden * residual + sequence * (2 * shape.head_dim * residual + 8) + 8)
+    loss = loss_bytes(shape, tokens, itemsize, residual, device, fused_loss)
+    return StepBytes(layer, tokens * per_token + beside, outside + loss, outside)
 
 
-def loss_bytes(
-    shape: Shape, tokens: int, itemsize: int, residual_itemsize: int | None, device: str, fused: bool
-) -> float:
+def loss_bytes(shape: Shape, tokens: int, itemsize: int, residual: int, device: str, fused: bool) -> float:
     """What the last norm and the loss hold at once, beside the norm's output."""
-    x = tokens * (shape.hidden * (residual_itemsize or itemsize) + 4.0)
+    x = tokens * (shape.hidden * residual + 4.0)
     logits = tokens * shape.vocab
     if not fused:
         return x + tokens * shape.hidden * 4.0 + logits * (itemsize * 2 + 8.0)
-    chunk = min(logits * itemsize, CHUNK_BYTES[device])
-    return x + tokens * shape.hidden * itemsize + chunk
+    copy = itemsize if residual != itemsize else 0
+    return x + tokens * shape.hidden * (itemsize + copy) + min(logits * itemsize, CHUNK_BYTES[device])

@@ -129,7 +129,7 @@ def plan(
         raise ValueError(f"dropout is {dropout}, needs a probability from 0 to less than 1")
     if pue < 1:
         raise ValueError(f"pue is {pue}, needs at least 1")
-    if quant not in BITS:
+    if quant not in (None, *BITS):
         raise ValueError(f"quant is {quant!r}, needs 'nf4' or None")
     _checked([memory], "memory", MEMORY)
     job = _Job(shape, card, adapters, rank, seq, tokens, memory, micro_batch, watts or card.watts, intensity, pue)
@@ -196,9 +196,9 @@ class _Job:
             if chosen is None:
                 break
             times = self._seconds(cluster, sequences, chosen, fused)
-            rate = sequences * self.seq * cluster.gpus / sum(times.values())
-            if best is None or rate > best[0]:
-                best = rate, sequences, chosen, times
+            speed = sequences * self.seq * cluster.gpus / sum(times.values())
+            if best is None or speed > best[0]:
+                best = speed, sequences, chosen, times
         sequences = best[1] if best else self.micro_batch or 1
         fallback = (KEEP if self.memory == "fast" else LAYER,) * self.shape.layers
         chosen, times = best[2:] if best else (fallback, {})
@@ -233,7 +233,7 @@ class _Job:
             sequences += max(1, sequences // 16 if sequences >= 32 else 1)
 
     def _need(self, sequences: int, fused: bool) -> StepBytes:
-        return step_bytes(self.shape, self.adapters, sequences * self.seq, fused=fused, fused_loss=fused)
+        return step_bytes(self.shape, self.adapters, sequences * self.seq, self.seq, fused=fused, fused_loss=fused)
 
     def _choose(self, need: StepBytes, budget: float, fused: bool) -> tuple[str, ...] | None:
         layers = self.shape.layers

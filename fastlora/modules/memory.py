@@ -137,7 +137,9 @@ def free_bytes(device: torch.device) -> float:
         try:
             most = int(Path(limit).read_text())
             # What the group has of files in memory goes when it is wanted.
-            cached = re.search(r"^(?:total_)?inactive_file (\d+)", Path(used).with_name("memory.stat").read_text(), re.M)
+            cached = re.search(
+                r"^(?:total_)?inactive_file (\d+)", Path(used).with_name("memory.stat").read_text(), re.M
+            )
             taken = int(Path(used).read_text()) - int(cached[1] if cached else 0)
         except (OSError, ValueError):  # no such group, or "max"
             continue

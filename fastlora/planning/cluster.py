@@ -57,7 +57,9 @@ class Cluster:
         if shards > 1:  # the layer that computes, the next one, and the ends, which stay gathered
             parts["gathered weights"] = 2 * self.layer + self.ends
         if self.quant:  # one projection, made bf16
-            parts["dequantised weight"] = float(self.itemsize) * max(n * k for n, k in self.shape.projections().values())
+            parts["dequantised weight"] = float(self.itemsize) * max(
+                n * k for n, k in self.shape.projections().values()
+            )
         return parts
 
     def gathered(self) -> float:

@@ -140,7 +140,7 @@ def free_bytes(device: torch.device) -> float:
             cached = re.search(
                 r"^(?:total_)?inactive_file (\d+)", Path(used).with_name("memory.stat").read_text(), re.M
             )
-            taken = int(Path(used).read_text()) - int(cached[1] if cached else 0)
+            taken = int(Path(used).read_text()) - int(files[1] if files else 0)
         except (OSError, ValueError):  # no such group, or "max"
             continue
         if most < total:

@@ -16,7 +16,7 @@ BITS = {"nf4": 4 + 8 / 64 + 32 / (64 * 256)}
 
 @dataclass(frozen=True)
 class Cluster:
-    """Bytes on each of ``gpus`` GPUs. Weights have ``itemsize`` bytes or, in the projections, NF4; adapters are fp32."""
+    """Bytes on each of ``gpus`` GPUs. Weights have ``itemsize`` bytes, or in the projections NF4; adapters are fp32."""
 
     shape: Shape
     adapters: Adapters

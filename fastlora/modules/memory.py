@@ -137,9 +137,8 @@ def free_bytes(device: torch.device) -> float:
         try:
             most = int(Path(limit).read_text())
             # What the group has of files in memory goes when it is wanted.
-            cached = re.search(
-                r"^(?:total_)?inactive_file (\d+)", Path(used).with_name("memory.stat").read_text(), re.M
-            )
+            stat = Path(used).with_name("memory.stat").read_text()
+            files = re.search(r"^(?:total_)?inactive_file (\d+)", stat, re.MULTILINE)
             taken = int(Path(used).read_text()) - int(files[1] if files else 0)
         except (OSError, ValueError):  # no such group, or "max"
             continue

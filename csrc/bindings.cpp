@@ -203,6 +203,48 @@ Tensor cross_entropy_rows(const Tensor& logits, const Tensor& labels, const Tens
   return loss;
 }
 
+Tensor dequantize_4bit(
+    const Tensor& packed, const Tensor& absmax, const Tensor& code, const std::optional<Tensor>& absmax2,
+    const std::optional<Tensor>& code2, const std::optional<Tensor>& offset, int64_t blocksize, int64_t blocksize2,
+    int64_t numel, ScalarType dtype) {
+  const char* op = "dequantize_4bit";
+  const int64_t blocks = (numel + blocksize - 1) / blocksize;
+  const auto require_vector = [&](const char* name, const Tensor& t, int64_t size, ScalarType type) {
+    require(t.dim() == 1 && t.size(0) >= size && t.is_contiguous() && t.scalar_type() == type, op, name, t,
+            "a contiguous vector of ", torch::headeronly::toString(type), " with ", size, " elements");
+  };
+  require_vector("packed", packed, (numel + 1) / 2, ScalarType::Byte);
+  require_vector("absmax", absmax, blocks, absmax2 ? ScalarType::Byte : ScalarType::Float);
+  require_vector("code", code, 16, ScalarType::Float);
+  if (absmax2) {
+    require_vector("absmax2", *absmax2, (blocks + blocksize2 - 1) / blocksize2, ScalarType::Float);
+    require_vector("code2", *code2, 256, ScalarType::Float);
+    require(offset->numel() == 1 && offset->scalar_type() == ScalarType::Float, op, "offset", *offset, "one Float");
+  }
+  Tensor out = new_empty(packed, {numel}, dtype);
+  require(is_kernel_dtype(out), op, "dtype", out, "Float, BFloat16 or Half");
+  const auto floats = [](const std::optional<Tensor>& t) {
+    return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
+  };
+  const Dequantize4bit args{
+      dtype_of(out),
+      static_cast<const uint8_t*>(packed.const_data_ptr()),
+      absmax.const_data_ptr(),
+      static_cast<const float*>(code.const_data_ptr()),
+      floats(absmax2),
+      floats(code2),
+      offset ? *floats(offset) : 0.0f,
+      out.mutable_data_ptr(),
+      blocksize,
+      blocksize2,
+      numel};
+  const Kernels& isa = kernels();
+  parallel_for(0, blocks, grain_rows(blocksize), [&](int64_t begin, int64_t end) {
+    isa.dequantize_4bit(args, begin, end);
+  });
+  return out;
+}
+
 }  // namespace
 }  // namespace fastlora
 
@@ -213,4 +255,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
   m.impl("swiglu_fwd", TORCH_BOX(&fastlora::swiglu_fwd));
   m.impl("swiglu_bwd", TORCH_BOX(&fastlora::swiglu_bwd));
   m.impl("cross_entropy_rows", TORCH_BOX(&fastlora::cross_entropy_rows));
+  m.impl("dequantize_4bit", TORCH_BOX(&fastlora::dequantize_4bit));
 }

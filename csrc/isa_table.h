@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cross_entropy.h"
+#include "dequantize_4bit.h"
 #include "rms_norm.h"
 #include "rope.h"
 #include "swiglu.h"
@@ -21,6 +22,7 @@ extern const Kernels FASTLORA_KERNELS = {
     FASTLORA_ISA::swiglu_fwd,
     FASTLORA_ISA::swiglu_bwd,
     FASTLORA_ISA::cross_entropy_rows,
+    FASTLORA_ISA::dequantize_4bit,
 };
 
 }  // namespace fastlora

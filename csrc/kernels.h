@@ -88,6 +88,18 @@ struct CrossEntropyRows {
   bool need_grad;
 };
 
+struct Dequantize4bit {
+  DType type;
+  const uint8_t* packed;  // (numel / 2, rounded up)
+  const void* absmax;     // (blocks), f32; uint8 where absmax2 is given
+  const float* code;      // (16)
+  const float* absmax2;   // (blocks / blocksize2, rounded up), or null
+  const float* code2;     // (256), or null
+  float offset;
+  void* out;  // (numel)
+  int64_t blocksize, blocksize2, numel;
+};
+
 // One instruction set's kernels. Each works on the half-open range [begin, end) of its parallel dimension.
 struct Kernels {
   const char* isa;
@@ -98,6 +110,7 @@ struct Kernels {
   void (*swiglu_fwd)(const SwigluFwd&, int64_t begin, int64_t end);
   void (*swiglu_bwd)(const SwigluBwd&, int64_t begin, int64_t end);
   void (*cross_entropy_rows)(const CrossEntropyRows&, int64_t row_begin, int64_t row_end);
+  void (*dequantize_4bit)(const Dequantize4bit&, int64_t block_begin, int64_t block_end);
 };
 
 extern const Kernels kernels_plain;

@@ -104,6 +104,7 @@ ROWS = (
     Row("lora_reduce_t", 0, Tile(m=64, n=128, warps=8, stages=3)),
     Row("lora_reduce_t_fp32", 0, Tile(m=32, n=32, r=16)),
     Row("swiglu", 0, Tile(n=1024)),
+    Row("dequantize_4bit", 0, Tile(n=1024)),  # n bytes, of two elements
     # m queries by n keys, by head dimension up to 64, 128 and 256; decode: at most 16 queries. Padding takes
     # registers in the forward.
     Row("flash_attention_decode", 0, Tile(m=16, n=32)),

@@ -50,7 +50,7 @@ def options(choice: Choice | None, meta: dict[str, Any]) -> dict[str, Any]:
     if choice is not None:
         meta |= {"num_warps": choice.tile.warps, "num_stages": choice.tile.stages}
     # Passed explicitly: Triton announces another default for the next version.
-    return meta | {"enable_fp_fusion": True}
+    return {"enable_fp_fusion": True} | meta
 
 
 # What an earlier kernel did, or what another tile would not mend.

@@ -1,5 +1,6 @@
 """Differentiable functions, one per file. Each has a Triton form for GPUs and a C++ or ATen form for CPUs."""
 
+from .dequantize_4bit import Quantised, dequantize_4bit
 from .dora import dora
 from .flash_attention import flash_attention
 from .linear_cross_entropy import linear_cross_entropy
@@ -12,6 +13,8 @@ from .swiglu import swiglu
 __all__ = [
     "Branch",
     "Projection",
+    "Quantised",
+    "dequantize_4bit",
     "dora",
     "flash_attention",
     "linear_cross_entropy",

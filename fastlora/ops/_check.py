@@ -16,7 +16,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def shape(op: str, argument: str, tensor: torch.Tensor, needed: Sequence[int | None], why: str) -> None:
     """Raise ValueError unless tensor has the needed sizes (None: any size)."""
-    if tensor.dim() != len(needed) or any(n is not None and n != g for n, g in zip(needed, tensor.shape, strict=True)):
+    if len(tensor.shape) != len(needed) or any(n is not None and n != g for n, g in zip(needed, tensor.shape, strict=True)):
         sizes = ", ".join("any" if n is None else str(n) for n in needed)
         raise ValueError(f"{op}: {argument} has shape {tuple(tensor.shape)}, needs ({sizes}) {why}")
 

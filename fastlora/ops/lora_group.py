@@ -13,6 +13,7 @@ from ..kernels import lora_reduce as _reduce  # noqa: F401
 from ..kernels import rms_norm as _rms_norm  # noqa: F401
 from ..kernels import swiglu as _swiglu  # noqa: F401
 from . import _check
+from .dequantize_4bit import Quantised
 
 
 class Branch(NamedTuple):
@@ -25,9 +26,9 @@ class Branch(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """A linear layer ``x Wᵀ + bias`` with any number of adapters: weight (N, K), bias (N,)."""
+    """A linear layer ``x Wᵀ + bias`` with any number of adapters: weight (N, K), dense or 4-bit, bias (N,)."""
 
-    weight: torch.Tensor
+    weight: torch.Tensor | Quantised
     bias: torch.Tensor | None = None
     branches: tuple[Branch, ...] = ()
 
@@ -54,10 +55,11 @@ class _LoraGroup(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, up, norm_weight, residual, seeds, eps, dtype, carry, counts, a_scale, b_scale, rates, *params):
+    def forward(
+        ctx, x, up, norm_weight, residual, seeds, eps, dtype, carry, quantised, counts, a_scale, b_scale, rates, *params
+    ):
         ops = torch.ops.fastlora
         p = _per_projection(counts, params)
-        w = [one.to(dtype) for one in p.w]
         bias = [None if one is None else one.to(dtype) for one in p.bias]
         if norm_weight is None and up is None:
             x = x.to(dtype)
@@ -69,24 +71,27 @@ class _LoraGroup(torch.autograd.Function):
             n, s = ops.swiglu_project(x, up, p.a, a_scale, masks)
         else:
             n, s = x, ops.lora_project(x, p.a, a_scale, masks)
-        y = ops.lora_gemm(n, w, s, p.b, bias, residual)
-        need = _per_projection(counts, ctx.needs_input_grad[12:])
+        if any(quantised):
+            y = _gemm_one_by_one(n, p.w, quantised, s, p.b, bias, residual)
+        else:
+            y = ops.lora_gemm(n, [one.to(dtype) for one in p.w], s, p.b, bias, residual)
+        need = _per_projection(counts, ctx.needs_input_grad[13:])
         if norm_weight is None and up is None and not any(need.a) and not any(need.w):
             x = None  # dx asks for the parameters alone, dB for s
         ctx.save_for_backward(x, up, norm_weight, rstd, s, *masks, *params)
-        ctx.static = eps, dtype, carry, counts, b_scale, len(masks), residual is not None
+        ctx.static = eps, dtype, carry, quantised, counts, b_scale, len(masks), residual is not None
         return (*y, x) if carry else tuple(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         ops = torch.ops.fastlora
-        eps, dtype, carry, counts, b_scale, n_masks, has_residual = ctx.static
+        eps, dtype, carry, quantised, counts, b_scale, n_masks, has_residual = ctx.static
         x, up, norm_weight, rstd, s, *rest = ctx.saved_tensors
         masks, params = rest[:n_masks], rest[n_masks:]
         p = _per_projection(counts, params)
         need_x, need_up, need_norm, need_residual = ctx.needs_input_grad[:4]
-        need = _per_projection(counts, ctx.needs_input_grad[12:])
+        need = _per_projection(counts, ctx.needs_input_grad[13:])
         dcarry = grads[-1].contiguous() if carry else None
         dresidual = grads[0] if has_residual and need_residual else None
         dy = [one.to(dtype).contiguous() for one in grads[: len(counts)]]
@@ -100,7 +105,10 @@ class _LoraGroup(torch.autograd.Function):
             ds = ops.lora_project_t(dy, p.b, b_scale)
         dx = dup = dnorm = n = None
         if need_input:
-            dn = ops.lora_gemm_t(dy, [one.to(dtype) for one in p.w], ds, p.a, masks)
+            if any(quantised):
+                dn = _gemm_t_one_by_one(dy, p.w, quantised, ds, p.a, masks, counts)
+            else:
+                dn = ops.lora_gemm_t(dy, [one.to(dtype) for one in p.w], ds, p.a, masks)
             if norm_weight is not None:
                 dx, dnorm, n = ops.rms_norm_bwd(dn, x, norm_weight, rstd, dcarry, need_norm, need_n)
             elif up is not None:
@@ -123,9 +131,37 @@ class _LoraGroup(torch.autograd.Function):
         dbias = [one.sum(0, dtype=torch.float32) if wanted else None for one, wanted in zip(dy, need.bias, strict=True)]
         fit = [
             None if g is None or not wanted else g.to(like.dtype)
-            for g, wanted, like in zip((*dw, *dbias, *db, *da), ctx.needs_input_grad[12:], params, strict=True)
+            for g, wanted, like in zip((*dw, *dbias, *db, *da), ctx.needs_input_grad[13:], params, strict=True)
         ]
-        return dx, dup, dnorm if need_norm else None, dresidual, *(None,) * 8, *fit
+        return dx, dup, dnorm if need_norm else None, dresidual, *(None,) * 9, *fit
+
+
+def _dense(weight, quantised, dtype):
+    return weight.to(dtype) if quantised is None else quantised.dense(dtype)
+
+
+def _gemm_one_by_one(n, w, quantised, s, b, bias, residual):
+    """lora_gemm, a launch per projection: one dense W is gone before the next is made."""
+    y, columns = [], s.split([one.shape[1] for one in b], 1)
+    for i, (si, bi) in enumerate(zip(columns, b, strict=True)):
+        dense = [_dense(w[i], quantised[i], n.dtype)]
+        y += torch.ops.fastlora.lora_gemm(n, dense, si.contiguous(), [bi], [bias[i]], residual)
+        del dense
+    return y
+
+
+def _gemm_t_one_by_one(dy, w, quantised, ds, a, masks, counts):
+    """lora_gemm_t, a launch per projection; the parts of dx are added as autograd adds them."""
+    dx, first, columns = None, 0, ds.split([one.shape[0] for one in a], 1)
+    for i, count in enumerate(counts):
+        own = slice(first, first + count)
+        first += count
+        dsi = torch.cat(columns[own], 1) if count else ds.new_empty(len(ds), 0)
+        dense = [_dense(w[i], quantised[i], dy[i].dtype)]
+        part = torch.ops.fastlora.lora_gemm_t([dy[i]], dense, dsi, a[own], masks[own])
+        del dense
+        dx = part if dx is None else dx.add_(part)
+    return dx
 
 
 def _parts(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
@@ -141,14 +177,16 @@ def _product_dtype(x, projections):
 
 
 def _apply(x, up, norm_weight, residual, eps, carry, projections):
-    counts, w, bias, b, b_scale, a, a_scale, rates = [], [], [], [], [], [], [], []
+    counts, w, quantised, bias, b, b_scale, a, a_scale, rates = [], [], [], [], [], [], [], [], []
     dtype = _product_dtype(x, projections)
     for projection in projections:
         branches = projection.branches
         scales = [0.0 if one.dropout == 1 else one.scaling / (1 - one.dropout) for one in branches]
         counts.append(len(branches))
         # The kernels read parameters by row: a strided view is copied.
-        w.append(projection.weight.contiguous())
+        weight = projection.weight
+        quantised.append(weight if isinstance(weight, Quantised) else None)
+        w.append(weight.packed if isinstance(weight, Quantised) else weight.contiguous())
         bias.append(None if projection.bias is None else projection.bias.contiguous())
         if len(branches) == 1:
             b.append(branches[0].b.contiguous())
@@ -156,7 +194,7 @@ def _apply(x, up, norm_weight, residual, eps, carry, projections):
         else:
             # Several adapters become one of their ranks together, the scalings folded into B.
             halves = [one.b * scale for one, scale in zip(branches, scales, strict=True)]
-            b.append(torch.cat(halves, 1) if halves else projection.weight.new_empty(projection.weight.shape[0], 0))
+            b.append(torch.cat(halves, 1) if halves else x.new_empty(weight.shape[0], 0, dtype=dtype))
             b_scale.append(1.0)
             scales = [1.0] * len(branches)
         a += [one.a.contiguous() for one in branches]
@@ -165,7 +203,8 @@ def _apply(x, up, norm_weight, residual, eps, carry, projections):
     # Drawn from torch's generator, so that checkpointing replays the masks.
     seeds = torch.randint(2**62, (len(rates),)) if any(rates) else torch.zeros(len(rates), dtype=torch.int64)
     return _LoraGroup.apply(
-        x, up, norm_weight, residual, seeds, eps, dtype, carry, counts, a_scale, b_scale, rates, *w, *bias, *b, *a
+        *(x, up, norm_weight, residual, seeds, eps, dtype, carry, quantised, counts, a_scale, b_scale, rates),
+        *(*w, *bias, *b, *a),
     )
 
 
@@ -218,7 +257,9 @@ def lora_group(
 
     Args:
         x: (..., K), fp32, bf16 or fp16.
-        projections: weights (N_i, K) of one dtype; adapters in that dtype or fp32, ranks from 1 to 512.
+        projections: weights (N_i, K) of one dtype; adapters in that dtype or fp32, ranks from 1 to 512. A 4-bit weight
+            is made dense for its own product, in forward and again in backward, one at a time; x may then have any
+            dtype, and the products that of the weights.
         norm_weight: (K,), the dtype of x or fp32.
         eps: of the norm.
         residual: (..., N), added to the output of a single projection, in the residual's dtype.
@@ -240,7 +281,7 @@ def lora_group(
         _check.shape(op, "norm_weight", norm_weight, (K,), "to match the last dimension of x")
         _check.dtype(op, "norm_weight", norm_weight, (x.dtype, torch.float32), "to go with x")
         _check.same_device(op, "x", x, norm_weight=norm_weight)
-    elif not torch.is_autocast_enabled(x.device.type):
+    elif not torch.is_autocast_enabled(x.device.type) and not isinstance(projections[0].weight, Quantised):
         _check.dtype(op, "x", x, (projections[0].weight.dtype,), "to match the weights")
     residual = _check_residual(op, residual, (*lead, projections[0].weight.shape[0]), len(projections))
     rows = x.reshape(-1, K).contiguous()

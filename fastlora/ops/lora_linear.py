@@ -3,12 +3,13 @@ from __future__ import annotations
 import torch
 
 from . import _check
+from .dequantize_4bit import Quantised
 from .lora_group import Branch, Projection, _apply, check_adapter
 
 
 def lora_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | Quantised,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     scaling: float = 1.0,
@@ -24,14 +25,14 @@ def lora_linear(
 
     Args:
         x: (..., K), fp32, bf16 or fp16.
-        weight: W, (N, K), dtype of x.
+        weight: W, (N, K), dtype of x; or a 4-bit weight, made dense in forward and again in backward.
         lora_a: A, (R, K), dtype of x or fp32. R from 1 to 512.
         lora_b: B, (N, R), dtype of lora_a.
         scaling: alpha / R, or alpha / √R for rsLoRA.
         bias: (N,), dtype of x.
 
     Returns:
-        (..., N), dtype of x. Saved for backward: x and s (M, R), beside the parameters.
+        (..., N), dtype of x, or the dtype of a 4-bit weight. Saved for backward: x and s (M, R), beside the parameters.
 
     Raises:
         ValueError, TypeError: a wrong shape or device, or dtype, by the name of the argument.
@@ -45,7 +46,7 @@ def lora_linear(
     check_adapter(op, "", weight.dtype, weight, lora_a, lora_b)
     if bias is not None:
         _check.shape(op, "bias", bias, (weight.shape[0],), "to match the rows of weight")
-    if not torch.is_autocast_enabled(x.device.type):
+    if not torch.is_autocast_enabled(x.device.type) and not isinstance(weight, Quantised):
         _check.dtype(op, "weight", weight, (x.dtype,), "to match x")
         if bias is not None:
             _check.dtype(op, "bias", bias, (x.dtype,), "to match x")

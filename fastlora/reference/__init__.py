@@ -1,5 +1,6 @@
 """Eager float mathematics, one function per op: the witness. Only tests and benchmarks import it."""
 
+from .dequantize_4bit import dequantize_4bit
 from .dora import dora
 from .flash_attention import flash_attention
 from .linear_cross_entropy import linear_cross_entropy
@@ -10,6 +11,7 @@ from .rope import rope
 from .swiglu import swiglu
 
 __all__ = [
+    "dequantize_4bit",
     "dora",
     "flash_attention",
     "linear_cross_entropy",

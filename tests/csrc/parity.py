@@ -26,6 +26,8 @@ rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse) -> (Tensor, Tenso
 swiglu_fwd(Tensor gate, Tensor up) -> Tensor
 swiglu_bwd(Tensor dh, Tensor gate, Tensor up, bool need_h) -> (Tensor, Tensor, Tensor)
 cross_entropy_rows(Tensor(a!) logits, Tensor labels, Tensor scale, bool need_grad) -> Tensor
+dequantize_4bit(Tensor packed, Tensor absmax, Tensor code, Tensor? absmax2, Tensor? code2, Tensor? offset,
+    int blocksize, int blocksize2, SymInt numel, ScalarType dtype) -> Tensor
 """
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-5
@@ -216,6 +218,22 @@ def cross_entropy():
         assert loss.isnan().tolist() == [False, True] and grad.isnan().any(1).tolist() == [False, True]
 
 
+def dequantize_4bit():
+    """Bit by bit the products of fp32, rounded once."""
+    for dtype, numel, blocksize, double in product(DTYPES, (0, 1, 33, 4096, 70000), (32, 64, 4096), (False, True)):
+        packed = torch.randint(0, 256, ((numel + 1) // 2,), dtype=torch.uint8)
+        blocks, code = -(-numel // blocksize), torch.randn(16)
+        scale, second = torch.rand(blocks), (None, None, None)
+        absmax = scale
+        if double:
+            absmax = torch.randint(0, 256, (blocks,), dtype=torch.uint8)
+            second = (torch.rand(-(-blocks // 256)), torch.randn(256), torch.rand(()))
+            scale = second[1][absmax.long()] * second[0].repeat_interleave(256)[:blocks] + second[2]
+        w = same_bits_on_two_threads(ops.dequantize_4bit, packed, absmax, code, *second, blocksize, 256, numel, dtype)
+        halves = torch.stack((packed >> 4, packed & 15), 1).flatten()[:numel].long()
+        assert torch.equal(w, (code[halves] * scale.repeat_interleave(blocksize)[:numel]).to(dtype))
+
+
 def conversions():
     """Every bf16 and fp16 value survives load and store; every rounding boundary rounds as PyTorch rounds."""
     for dtype in (torch.bfloat16, torch.float16):
@@ -251,6 +269,8 @@ def refusals():
         (lambda: ops.cross_entropy_rows(x, bad, scale, False), "not 8 as in row 2"),
         (lambda: ops.cross_entropy_rows(x, labels.int(), scale, False), "labels is Int (4)"),
         (lambda: ops.cross_entropy_rows(x, labels, scale.double(), False), "scale is Double ()"),
+        (lambda: ops.dequantize_4bit(x, w, w, None, None, None, 64, 1, 32, x.dtype), "packed is Float (4, 8)"),
+        (lambda: ops.dequantize_4bit(labels.byte(), w, w, None, None, None, 64, 1, 8, x.dtype), "code is Float (8)"),
     ):
         try:
             call()
@@ -262,7 +282,7 @@ def refusals():
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    for test in (rms_norm, rope, swiglu, cross_entropy, conversions, refusals):
+    for test in (rms_norm, rope, swiglu, cross_entropy, dequantize_4bit, conversions, refusals):
         test()
         assert not (over := [excess for budget in budgets.values() if (excess := budget.excess())]), over
         print(f"{isa().decode()} {test.__name__} ok")

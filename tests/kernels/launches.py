@@ -5,6 +5,7 @@ import os
 import torch
 
 from fastlora.kernels import (
+    dequantize_4bit,
     dropout,
     flash_attention,
     linear_cross_entropy,
@@ -84,6 +85,16 @@ def without_adapters(model, dtype):
         linear_cross_entropy.cross_entropy_rows(logits, labels, meta(dtype=FP32), need_grad)
 
 
+def quantised(model, dtype):
+    """nf4 in blocks of 64, doubly quantised and not."""
+    hidden, ffn, _, _ = MODELS[model]
+    n = hidden * ffn
+    packed, code, absmax2 = meta(n // 2, dtype=torch.uint8), meta(16, dtype=FP32), meta(n // 64 // 256, dtype=FP32)
+    second = (absmax2, meta(256, dtype=FP32), meta(dtype=FP32))
+    dequantize_4bit.dequantize_4bit(packed, meta(n // 64, dtype=FP32), code, None, None, None, 64, 1, n, dtype)
+    dequantize_4bit.dequantize_4bit(packed, meta(n // 64, dtype=torch.uint8), code, *second, 64, 256, n, dtype)
+
+
 def attention(model, dtype):
     """Causal; with padding; packed."""
     hidden, _, heads, kv_heads = MODELS[model]
@@ -109,6 +120,7 @@ ADAPTERS = [
 LAUNCHES = {
     "the rest": (without_adapters, [(dtype,) for dtype in (BF16, FP16, FP32)]),
     "attention": (attention, [(dtype,) for dtype in (BF16, FP16, FP32)]),
+    "4-bit weights": (quantised, [(dtype,) for dtype in (BF16, FP16, FP32)]),
 }
 for dtype, masters, r, dropped in ADAPTERS:
     words = f"{str(dtype)[6:]}, {str(masters)[6:]} adapters of rank {r}{', dropout' * dropped}"

@@ -23,6 +23,7 @@ def samples() -> dict[str, list[tuple]]:
     a, b, s, y = normal(R, K), normal(N, R), normal(M, R), normal(M, N)
     half = normal(M, K, dtype=torch.bfloat16)
     mask = torch.randint(0, 256, (M, K // 8), dtype=torch.uint8)
+    packed, code = torch.randint(0, 256, (451,), dtype=torch.uint8), normal(16)
     labels = torch.tensor([3, 0, 39, 7, 1])
     q, k = normal(2, 4, 6, 32).transpose(1, 2).contiguous().transpose(1, 2), normal(2, 2, 6, 32)
     cos, sin = normal(2, 6, 32), normal(1, 6, 32)
@@ -53,6 +54,10 @@ def samples() -> dict[str, list[tuple]]:
             (x, weight, labels, torch.tensor(0.7), -100, True, False),
             (x, weight, labels, torch.tensor(0.7), 7, False, True),
         ],
+        "dequantize_4bit": [
+            (packed, rstd.repeat(3), code, None, None, None, 64, 1, 901, torch.bfloat16),
+            (packed, packed[:15], code, rstd, normal(256), norm[:1], 64, 4, 902, torch.float32),
+        ],
         "flash_attention_fwd": [(q, k, k, None, None, 0.2, True, None), (q, k, k, real, positions, 0.2, True, 3)],
         "flash_attention_bwd": [(out, q, k, k, out, lse, None, None, 0.2, True, None)],
     }
@@ -80,6 +85,7 @@ def test_the_cpu_key_runs_what_this_process_is_meant_to_test(backend):
         assert set(kinds.values()) == {"triton (interpreter)"}
     elif _library.csrc_state == "loaded":
         elementwise = ("rms_norm_fwd", "rms_norm_bwd", "rope", "swiglu_fwd", "swiglu_bwd", "cross_entropy_rows")
+        elementwise += ("dequantize_4bit",)
         assert {kinds[name] for name in elementwise} == {"csrc"}
     else:
         assert set(kinds.values()) == {"aten"}

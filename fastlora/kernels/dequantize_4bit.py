@@ -11,12 +11,12 @@ from ._tl import cdiv, launch, tl, triton
 
 @triton.jit
 def _dequantize_4bit_kernel(
-    p_packed, p_absmax, p_code, p_absmax2, p_code2, p_offset, p_out, numel,
+    p_packed, p_absmax, p_code, p_absmax2, p_code2, p_offset, p_out, n_bytes, numel,
     NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * BLOCK
     o = start + tl.arange(0, BLOCK)  # bytes, of two elements each
-    m = 2 * o < numel
+    m = o < n_bytes
     b_packed = tl.load(p_packed + o, mask=m, other=0).to(tl.int32)
     i_block = 2 * o // BLOCKSIZE
     if NESTED:
@@ -44,13 +44,13 @@ def dequantize_4bit(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """(numel,), from packed bytes (⌈numel / 2⌉,), the high half of each first; absmax has one number per blocksize."""
-    out = packed.new_empty(numel, dtype=dtype)
+    out, n_bytes = packed.new_empty(numel, dtype=dtype), cdiv(numel, 2)
     choice = choose("dequantize_4bit", out, n=numel)
     block = choice.tile.n
     launch(
         _dequantize_4bit_kernel,
-        (cdiv(cdiv(numel, 2), t.n),),
-        *(packed, absmax, code, absmax2, code2, offset, out, numel),
+        (cdiv(n_bytes, block),),
+        *(packed, absmax, code, absmax2, code2, offset, out, n_bytes, numel),
         NESTED=absmax2 is not None,
         BLOCKSIZE=blocksize,
         BLOCKSIZE2=blocksize2,

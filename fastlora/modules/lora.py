@@ -11,7 +11,8 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
 from .. import ops
-from ..ops import Branch, Projection
+from ..ops import Branch, Projection, Quantised
+from . import quantised
 from ._fused import Fused, Part, why_not_called, why_not_plain
 
 
@@ -25,7 +26,7 @@ class Read(NamedTuple):
 
 def _base_only(projection: Any) -> str | None:
     """In words, why only the base layer of a projection computes now; None where adapters do."""
-    if type(projection) is nn.Linear:
+    if not isinstance(projection, peft_lora.LoraLayer):
         return "no adapter"
     if projection.disable_adapters:
         return "adapters disabled"
@@ -38,22 +39,32 @@ def _active(projection: Any) -> list[str]:
     return [name for name in projection.active_adapters if name in projection.lora_A]
 
 
-def _read(projection: Any) -> Read | str:
-    """What a projection computes now, or why it is left to its own forward."""
-    if type(projection) not in (nn.Linear, peft_lora.Linear):
+def _read(projection: Any, dtype: torch.dtype | None = None) -> Read | str:
+    """What a projection computes now, on an x of this dtype, or why it is left to its own forward."""
+    adapted = isinstance(projection, peft_lora.LoraLayer)
+    base: Any = projection.base_layer if adapted else projection
+    if why := quantised.why_8bit(base):
+        return why
+    if adapted and not (type(projection) is peft_lora.Linear or quantised.is_peft_4bit(projection)):
         return f"{type(projection).__name__} is neither a torch Linear nor a peft lora.Linear"
-    base = projection if type(projection) is nn.Linear else projection.base_layer
-    if type(base) is not nn.Linear:
-        return f"the base layer is a {type(base).__name__}"
+    if not (type(base) is nn.Linear or quantised.is_4bit(base)):
+        kind = type(base).__name__
+        return f"the base layer is a {kind}" if adapted else f"{kind} is neither a torch Linear nor a peft lora.Linear"
     for module in {projection, base}:
         if why := why_not_called(module):
             return why
-    if why := why_not_plain(base.weight, base.bias):
+    weight, over = base.weight, ""
+    if quantised.is_4bit(base):
+        weight = quantised.read(base, dtype)
+        if isinstance(weight, str):
+            return weight
+        over = " over a 4-bit weight"
+    if why := why_not_plain(None if over else weight, base.bias):
         return why
     if note := _base_only(projection):
-        if type(projection) is not nn.Linear and projection.merged and projection.disable_adapters:
+        if adapted and projection.merged and projection.disable_adapters:
             return "merged adapters to be unmerged"
-        return Read(Projection(base.weight, base.bias), None, f"fastlora base linear, {note}")
+        return Read(Projection(weight, base.bias), None, f"fastlora base linear{over}, {note}")
     if projection.fan_in_fan_out:
         return "fan_in_fan_out"
     active = _active(projection)
@@ -72,6 +83,8 @@ def _read(projection: Any) -> Read | str:
         if variant := projection.lora_variant.get(name):
             if not isinstance(variant, DoraLinearVariant):
                 return type(variant).__name__
+            if over:
+                return "DoRA over a 4-bit weight"
             if rate or len(active) > 1:
                 return "DoRA with dropout" if rate else "DoRA among several adapters"
             magnitude = projection.lora_magnitude_vector[name].weight
@@ -80,16 +93,20 @@ def _read(projection: Any) -> Read | str:
         branches.append(Branch(lora_a.weight, lora_b.weight, scaling, rate))
     ranks = "+".join(str(branch.a.shape[0]) for branch in branches)
     kind = "lora" if magnitude is None else "dora"
-    return Read(Projection(base.weight, bias, tuple(branches)), magnitude, f"fastlora {kind}, r={ranks}")
+    return Read(Projection(weight, bias, tuple(branches)), magnitude, f"fastlora {kind}{over}, r={ranks}")
 
 
-def _why_not_dtype(dtype: torch.dtype, device: torch.device, read: Read) -> str | None:
-    """Why an input of this dtype does not fit the projection; None where it does, or autocast makes it."""
-    weight = read.projection.weight
+def _why_not_dtype(dtype: torch.dtype, x: torch.Tensor, read: Read) -> str | None:
+    """Why x, come to this dtype, does not fit the projection; None where it does, or autocast makes it."""
+    weight, device = read.projection.weight, x.device
     if weight.device != device:
         return f"weight on {weight.device}, x on {device}"
     if torch.is_autocast_enabled(device.type):
         return None
+    if isinstance(weight, Quantised):  # whose layer takes any x to its compute dtype
+        if why := quantised.why_not_input(weight, x):
+            return why
+        dtype = weight.dtype
     adapters = [branch.a.dtype for branch in read.projection.branches]
     if dtype != weight.dtype or any(a not in (dtype, torch.float32) for a in adapters):
         return f"mixed dtypes: x {dtype}, weight {weight.dtype}, adapters {adapters}".replace("torch.", "")
@@ -119,13 +136,13 @@ def adapters(owner: Any, names: Sequence[str]) -> list[tuple[str, int, float]] |
     return found
 
 
-def read(owner: Fused, name: str, dtype: torch.dtype, device: torch.device) -> Read | None:
-    """The projection ``owner.name`` if a fused operator may compute it on such an input; counts the decision."""
+def read(owner: Fused, name: str, dtype: torch.dtype, x: torch.Tensor) -> Read | None:
+    """The projection ``owner.name`` if a fused operator may compute it on x, come to dtype; counts the decision."""
     if "lora_linear" not in owner._fastlora.ops:
         owner.count(name, "lora_linear is not among the chosen ops")
         return None
-    found = _read(getattr(owner, name))
-    why = found if isinstance(found, str) else _why_not_dtype(dtype, device, found)
+    found = _read(getattr(owner, name), dtype)
+    why = found if isinstance(found, str) else _why_not_dtype(dtype, x, found)
     owner.count(name, why)
     return None if why else found  # type: ignore[return-value]
 
@@ -135,11 +152,24 @@ def _directions(reads: Sequence[Read]) -> list[Projection]:
     return [one.projection if one.magnitude is None else one.projection._replace(bias=None) for one in reads]
 
 
-def _finish(one: Read, y: torch.Tensor) -> torch.Tensor:
+def _finish(one: Read, y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    weight, bias, branches = one.projection
+    if isinstance(weight, Quantised):  # bitsandbytes' layers give back the dtype of their input
+        return y.to(dtype)
     if one.magnitude is None:
         return y
-    weight, bias, (branch,) = one.projection
+    (branch,) = branches
     return ops.dora(y, one.magnitude, weight, branch.a, branch.b, branch.scaling, bias)
+
+
+def _takes(one: Read, residual: torch.Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether the projection of an x of this dtype, and the residual, have a sum in the residual's dtype."""
+    if one.magnitude is not None or residual is None:
+        return False
+    if not isinstance(weight := one.projection.weight, Quantised):
+        return True
+    wider = torch.promote_types(dtype, weight.dtype)
+    return torch.promote_types(wider, residual.dtype) == residual.dtype
 
 
 def group(
@@ -156,22 +186,27 @@ def group(
     added to the output of a single projection.
     """
     dtype = x.dtype if norm is None else torch.promote_types(x.dtype, norm.weight.dtype)
-    reads = [read(owner, name, dtype, x.device) for name in names]
+    reads = [read(owner, name, dtype, x) for name in names]
     fused = [one for one in reads if one is not None]
-    if len(fused) == len(names):
+    one_dtype = len({one.projection.weight.dtype for one in fused}) == 1
+    if len(fused) == len(names) and one_dtype:
         arguments = {} if norm is None else {"norm_weight": norm.weight, "eps": norm.variance_epsilon}
-        early = residual if fused[0].magnitude is None else None
+        early = residual if _takes(fused[0], residual, dtype) else None
         y = list(ops.lora_group(x, _directions(fused), residual=early, **arguments))
         if norm is not None:
             norm.count("")
             x = y.pop()
-        y = [_finish(one, out) for one, out in zip(fused, y, strict=True)]
-        residual = None if early is not None else residual
+        if early is not None:
+            residual = None
+        else:
+            y = [_finish(one, out, dtype) for one, out in zip(fused, y, strict=True)]
     else:
         n = x if norm is None else norm(x)
-        outs = iter(ops.lora_group(n, _directions(fused)) if fused else ())
+        directions = _directions(fused)
+        groups = [directions] if one_dtype else [[one] for one in directions]
+        outs = iter([y for one in groups for y in ops.lora_group(n, one)])
         y = [
-            getattr(owner, name)(n) if one is None else _finish(one, next(outs))
+            getattr(owner, name)(n) if one is None else _finish(one, next(outs), dtype)
             for name, one in zip(names, reads, strict=True)
         ]
     if residual is not None:
@@ -185,11 +220,14 @@ def swiglu_down(
     """``residual + owner.name(silu(gate) · up)`` in one operator; None, and nothing counted, where it cannot be."""
     if "lora_linear" not in owner._fastlora.ops:
         return None
-    found = _read(getattr(owner, name))
-    if isinstance(found, str) or found.magnitude is not None or _why_not_dtype(gate.dtype, gate.device, found):
+    found = _read(getattr(owner, name), gate.dtype)
+    if isinstance(found, str) or found.magnitude is not None or _why_not_dtype(gate.dtype, gate, found):
         return None
     device = gate.device.type
-    if torch.is_autocast_enabled(device) and gate.dtype != torch.get_autocast_dtype(device):
+    autocast = torch.is_autocast_enabled(device)
+    if gate.dtype != (torch.get_autocast_dtype(device) if autocast else found.projection.weight.dtype):
+        return None
+    if residual is not None and not _takes(found, residual, gate.dtype):
         return None
     owner.count(name)
     return ops.swiglu_lora(gate, up, found.projection, residual)

@@ -1,6 +1,6 @@
 """Differentiable functions, one per file. Each has a Triton form for GPUs and a C++ or ATen form for CPUs."""
 
-from .dequantize_4bit import Quantised, dequantize_4bit
+from .dequantize_4bit import Quantised, dequantize_4bit, quantised
 from .dora import dora
 from .flash_attention import flash_attention
 from .linear_cross_entropy import linear_cross_entropy
@@ -20,6 +20,7 @@ __all__ = [
     "linear_cross_entropy",
     "lora_group",
     "lora_linear",
+    "quantised",
     "rms_norm",
     "rope",
     "swiglu",

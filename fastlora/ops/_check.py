@@ -14,14 +14,16 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def shape(op: str, argument: str, tensor: torch.Tensor, needed: Sequence[int | None], why: str) -> None:
+def shape(op: str, argument: str, tensor: Any, needed: Sequence[int | None], why: str) -> None:
     """Raise ValueError unless tensor has the needed sizes (None: any size)."""
-    if len(tensor.shape) != len(needed) or any(n is not None and n != g for n, g in zip(needed, tensor.shape, strict=True)):
+    if len(tensor.shape) != len(needed) or any(
+        n is not None and n != g for n, g in zip(needed, tensor.shape, strict=True)
+    ):
         sizes = ", ".join("any" if n is None else str(n) for n in needed)
-        raise ValueError(f"{op}: {argument} has shape {tuple(tensor.shape)}, needs ({sizes}) {why}")
+        raise ValueError(f"{op}: {argument} has shape {tuple(got)}, needs ({sizes}) {why}")
 
 
-def dtype(op: str, argument: str, tensor: torch.Tensor, needed: Sequence[torch.dtype], why: str = "") -> None:
+def dtype(op: str, argument: str, tensor: Any, needed: Sequence[torch.dtype], why: str = "") -> None:
     """Raise TypeError unless the tensor's dtype is one of those needed."""
     if tensor.dtype not in needed:
         raise TypeError(
@@ -29,7 +31,7 @@ def dtype(op: str, argument: str, tensor: torch.Tensor, needed: Sequence[torch.d
         )
 
 
-def same_device(op: str, first: str, reference: torch.Tensor, **others: torch.Tensor | None) -> None:
+def same_device(op: str, first: str, reference: torch.Tensor, **others: Any) -> None:
     """Raise ValueError unless the others live where the reference does, on a CPU or a CUDA device."""
     if reference.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"{op}: {first} is on {reference.device}, needs a CPU or CUDA device")

@@ -117,7 +117,11 @@ def repacked():
         (lambda p, s: (p.to("meta"), s), ValueError, "quant_state.absmax is on cpu, needs meta"),
         (lambda p, s: repacked(), ValueError, "quant_state: repacked by bitsandbytes for inference"),
         (lambda p, s: (p, SimpleNamespace(quant_type="int8")), ValueError, "quant_state: quant_type int8"),
-        (lambda p, s: (p, SimpleNamespace(quant_type="nf4", blocksize=48)), ValueError, "quant_state: blocksize 48, not among"),
+        (
+            lambda p, s: (p, SimpleNamespace(quant_type="nf4", blocksize=48)),
+            ValueError,
+            "quant_state: blocksize 48, not among",
+        ),
     ],
 )
 def test_errors_name_the_argument(change, error, message):

@@ -16,11 +16,10 @@ def _name(dtype: torch.dtype) -> str:
 
 def shape(op: str, argument: str, tensor: Any, needed: Sequence[int | None], why: str) -> None:
     """Raise ValueError unless tensor has the needed sizes (None: any size)."""
-    if len(tensor.shape) != len(needed) or any(
-        n is not None and n != g for n, g in zip(needed, tensor.shape, strict=True)
-    ):
+    got = tuple(tensor.shape)
+    if len(got) != len(needed) or any(n is not None and n != g for n, g in zip(needed, got, strict=True)):
         sizes = ", ".join("any" if n is None else str(n) for n in needed)
-        raise ValueError(f"{op}: {argument} has shape {tuple(got)}, needs ({sizes}) {why}")
+        raise ValueError(f"{op}: {argument} has shape {got}, needs ({sizes}) {why}")
 
 
 def dtype(op: str, argument: str, tensor: Any, needed: Sequence[torch.dtype], why: str = "") -> None:

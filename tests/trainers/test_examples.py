@@ -35,6 +35,10 @@ DATA = {
         {"messages": [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": text}]}
         for text in chats(8)
     ],
+    "qlora": [
+        {"messages": [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": text}]}
+        for text in chats(4)
+    ],
     "trl_dpo": [{"prompt": "Say it.", "chosen": f" {text}", "rejected": " No."} for text in chats(4)],
 }
 

@@ -127,3 +127,54 @@ def repacked():
 def test_errors_name_the_argument(change, error, message):
     with pytest.raises(error, match="dequantize_4bit: " + message):
         ops.dequantize_4bit(*change(*quantise((64, 128))))
+
+
+def group(weights, which=(0, 1, 2), norm=False):
+    """Outputs and gradients of projections of one fp32 x: one adapter, two, and none."""
+    torch.manual_seed(1)
+    x = torch.randn(9, 64).requires_grad_()
+    rows, ranks = (96, 32, 40), ((4,), (3, 2), ())
+    adapters = [
+        tuple(ops.Branch(torch.randn(r, 64).requires_grad_(), torch.randn(n, r).requires_grad_(), 0.5) for r in some)
+        for n, some in zip(rows, ranks)
+    ]
+    dy = [torch.randn(9, n).bfloat16() for n in rows]
+    projections = [ops.Projection(weights[i], None, adapters[i]) for i in which]
+    y = ops.lora_group(x, projections, norm_weight=torch.rand(64) if norm else None)
+    torch.autograd.backward(y[: len(which)], [dy[i] for i in which])
+    grads = [t.grad for i in which for branch in adapters[i] for t in (branch.a, branch.b)]
+    return [one.detach() for one in y], grads, x.grad
+
+
+def bases():
+    pairs = [quantise((n, 64), torch.bfloat16, double=True) for n in (96, 32, 40)]
+    return [ops.quantised(*pair) for pair in pairs], [ops.dequantize_4bit(*pair) for pair in pairs]
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["bare", "norm"])
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
+def test_a_group_over_4_bits_is_the_group_over_its_dense_weights(which, norm):
+    """Bit by bit; but dx, of several, is the sum of what each alone gives."""
+    packed, dense = bases()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, grads, dx = group(packed, which, norm)
+        y_dense, grads_dense, dx_dense = group(dense, which, norm)
+        for ours, expected in zip((*y, *grads), (*y_dense, *grads_dense)):
+            assert_same_bits(ours, expected)
+        if len(which) == 1:
+            assert_same_bits(dx, dx_dense)
+        elif not norm:
+            first, *parts = (group(dense, (i,))[2].bfloat16() for i in which)
+            for part in parts:
+                first += part
+            assert_same_bits(dx, first.float())
+
+
+def test_x_of_another_dtype_goes_to_that_of_the_weight():
+    packed, dense = bases()
+    y, _, dx = group(packed, (0,))
+    assert (y[0].dtype, dx.dtype) == (torch.bfloat16, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_bits(y[0], group(dense, (0,))[0][0])
+    x, (a, b) = torch.randn(5, 64), (torch.randn(4, 64), torch.randn(96, 4))
+    assert_same_bits(ops.lora_linear(x, packed[0], a, b), ops.lora_linear(x.bfloat16(), dense[0], a, b))

@@ -4,12 +4,14 @@ from functools import partial
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers.models.llama import modeling_llama as hf
 
 import fastlora
 
+from .test_patch import assert_untouched, traces
 from .tiny import assert_same, batch, gradients, judge, llama, lora, randomise, row, step
 
 ROOT = "base_model.model."
@@ -153,6 +155,71 @@ def test_a_subclass_with_its_own_forward():
     model = judge(build, whole=False)
     assert "Clipped" in row(model, "layers.0.mlp").why
     assert row(model, "layers.1.mlp.up_proj").fused == 1
+
+
+class Scaled(hf.LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.loss = 2 * outputs.loss
+        return outputs
+
+
+class Doubling(hf.LlamaDecoderLayer):
+    def forward(self, *args, **kwargs):
+        return 2 * super().forward(*args, **kwargs)
+
+
+def scaled(model):
+    model.base_model.model.__class__ = Scaled
+
+
+def doubling(model):
+    layer(model).__class__ = Doubling
+
+
+def clipped(model):
+    layer(model).mlp.__class__ = Clipped
+
+
+def hooked(part: str):
+    return lambda model: layer(model).get_submodule(part).register_forward_hook(lambda module, args, out: None)
+
+
+def pre_hooked(model):
+    layer(model).mlp.register_forward_pre_hook(lambda module, args: None)
+
+
+def dispatched(model):
+    add_hook_to_module(layer(model).mlp, ModelHook())
+
+
+OBSTACLES = {
+    "a model with its own forward": (scaled, "Scaled .* is a subclass"),
+    "a layer with its own forward": (doubling, "Doubling .* is a subclass"),
+    "an MLP with its own forward": (clipped, "Clipped .* is a subclass"),
+    "a hook on a projection": (hooked("self_attn.q_proj"), "q_proj: hooks on the Linear"),
+    "a hook on a norm": (hooked("input_layernorm"), "hooks on the LlamaRMSNorm"),
+    "a pre-hook on an MLP": (pre_hooked, "hooks on the LlamaMLP"),
+    "accelerate's hooks": (dispatched, "forward was replaced on the instance"),
+}
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_what_cannot_be_fused_is_as_it_was(name):
+    """strict raises with the reason and leaves the model untouched; without it, the results are the unpatched ones."""
+    obstruct, reason = OBSTACLES[name]
+
+    def build(seed):
+        model = lora(llama(seed))
+        obstruct(model)
+        return model
+
+    model = build(0)
+    before = traces(model)
+    with pytest.raises(fastlora.NotFused, match=reason):
+        fastlora.patch(model, strict=True)
+    assert_untouched(model, before)
+    judge(build, whole=False, seeds=2)
 
 
 HEADS = {

@@ -14,7 +14,7 @@ import fastlora
 from fastlora.cli.chat import training_template
 from fastlora.integrations import FastLoraCallback
 
-from .curves import STEPS, judge, llama
+from .curves import PLACES, STEPS, judge, llama
 from .test_hf_trainer import recording, rows
 
 COMMON = {
@@ -33,7 +33,7 @@ def counting() -> Dataset:
 def sft(path, tokenizer, data, **options):
     def run(model, exact, made):
         own = {**options, "bf16": False} if exact else options
-        arguments = SFTConfig(output_dir=str(path), **{**COMMON, "max_length": 64, **own})
+        arguments = SFTConfig(output_dir=str(path), **{**COMMON, "max_length": 32, **own})
         found = recording(SFTTrainer)(model, arguments, train_dataset=data, processing_class=tokenizer)
         made(found.model)
         found.train()
@@ -51,7 +51,9 @@ SFT = {
 
 @pytest.mark.parametrize("name", SFT)
 def test_sft(name, tmp_path, tokenizer, record_property):
-    model, figures = judge(sft(tmp_path, tokenizer, counting(), **SFT[name]))
+    model, figures = judge(
+        sft(tmp_path, tokenizer, counting(), **SFT[name]), places=PLACES if name == "packing" else PLACES[:1]
+    )
     record_property("figures", figures)
     assert_layers_fused(model)
     assert row(model, ".self_attn.attention").fused == STEPS, "padded or packed"
@@ -61,7 +63,7 @@ def test_sft_on_the_answers_of_a_chat(tmp_path, tokenizer, rows_file, record_pro
     chat = copy.deepcopy(tokenizer)
     chat.chat_template = training_template(chat, answers_only=True)
     data = Dataset.from_json(str(rows_file))
-    model, figures = judge(sft(tmp_path, chat, data, assistant_only_loss=True))
+    model, figures = judge(sft(tmp_path, chat, data, assistant_only_loss=True, max_length=64), places=PLACES[:1])
     record_property("figures", figures)
     assert_layers_fused(model)
 
@@ -108,9 +110,9 @@ def dpo(path, tokenizer, **options):
 def test_dpo(reference, tmp_path, tokenizer, record_property):
     case = dpo(tmp_path, tokenizer)
     if reference == "a copy of the adapter":
-        model, figures = judge(case)
+        model, figures = judge(case, places=("adapters", "trainer"), seeds=(0,))
     else:
-        model, figures = judge(case, attach=adapters_of_the_trainer, places=("base", "trainer"))
+        model, figures = judge(case, attach=adapters_of_the_trainer, places=("base", "trainer"), seeds=(0,))
     record_property("figures", figures)
     assert_layers_fused(model)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +51,8 @@ class Fused:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if Fused not in cls.__bases__:
+            return  # an engine's subclass of ours: see unwrapped
         original: Any = cls.__bases__[-1]
         cls._fastlora_class = (cls.__module__, cls.__qualname__)
         cls.__module__, cls.__qualname__, cls.__doc__ = original.__module__, original.__qualname__, original.__doc__
@@ -81,9 +86,54 @@ def _rebuild(module: str, name: str) -> Any:
     return cls.__new__(cls)
 
 
+def is_unit(module: nn.Module) -> bool:
+    """Whether torch's fully_shard (or replicate) has made this module a unit: it subclasses its class, with a mixin."""
+    mixin, *bases = type(module).__bases__
+    return bool(bases) and not issubclass(mixin, nn.Module) and mixin.__module__.startswith("torch.distributed.")
+
+
+def unwrapped(module: nn.Module) -> Any:
+    """The class of a module, without what fully_shard put before it."""
+    return type(module).__bases__[-1] if is_unit(module) else type(module)
+
+
+def rewrapped(module: nn.Module, cls: type) -> Any:
+    """cls; behind what fully_shard put before the module's class, where it did."""
+    return _rewrap(type(module), cls) if is_unit(module) else cls
+
+
+_units: dict[tuple[type, type], type] = {}
+
+
+def _rewrap(unit: type, cls: type) -> type:
+    mixin, before = unit.__bases__
+    if cls is before:
+        return unit
+    if (unit, cls) not in _units:
+        # transformers 5 gives every subclass of a checkpointed layer a forward of its own.
+        kept = {key: value for key, value in vars(unit).items() if key != "forward"}
+        other = type(unit.__name__, (mixin, cls), kept)
+        _units[unit, cls], _units[other, before] = other, unit
+    return _units[unit, cls]
+
+
 def original_class(module: nn.Module) -> Any:
     """The Hugging Face class a swapped module stands for, or the module's own class."""
-    return type(module).__bases__[-1] if isinstance(module, Fused) else type(module)
+    cls = unwrapped(module)
+    return cls.__bases__[-1] if issubclass(cls, Fused) else cls
+
+
+_gathered: ContextVar[bool] = ContextVar("gathered", default=False)
+
+
+@contextmanager
+def gathered(yes: bool) -> Iterator[None]:
+    """Judge weights as they are inside a forward: what a unit of fully_shard holds is then whole and plain."""
+    token = _gathered.set(yes)
+    try:
+        yield
+    finally:
+        _gathered.reset(token)
 
 
 def why_not_plain(*tensors: torch.Tensor | None) -> str | None:
@@ -92,7 +142,8 @@ def why_not_plain(*tensors: torch.Tensor | None) -> str | None:
         if tensor is None:
             continue
         if type(tensor) not in (torch.Tensor, nn.Parameter) and not torch.compiler.is_compiling():
-            return f"a tensor is a {type(tensor).__name__}"
+            if not (_gathered.get() and type(tensor).__name__ == "DTensor"):
+                return f"a tensor is a {type(tensor).__name__}"
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"a tensor is {str(tensor.dtype).removeprefix('torch.')}"
         if tensor.device.type not in ("cpu", "cuda", "meta"):
@@ -108,8 +159,11 @@ def instance_forward(module: nn.Module) -> Any:
 
 def why_not_called(module: Any) -> str | None:
     """Why the forward of a submodule may not be bypassed: something of the user's is attached to its call."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return f"hooks on the {type(module).__name__}"
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(kinds):
+        owners = {getattr(hook, "__module__", "").split(".")[0] for hooks in kinds for hook in hooks.values()}
+        zero = ": ZeRO-3 gathers module by module, see leaf_module in docs/trainers.md" if "deepspeed" in owners else ""
+        return f"hooks on the {type(module).__name__}{zero}"
     if instance_forward(module):
         return f"the {type(module).__name__}'s forward was replaced on the instance"
     return None

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from ._fused import why_not_plain
+
 
 class LazyLogits:
     """Stands where a trainer expects ``outputs.logits`` after a fused loss, and computes them on first use.
@@ -39,8 +41,17 @@ class LazyLogits:
         return wide
 
     def tensor(self) -> torch.Tensor:
-        """The logits, (..., V), attached to the graph of the hidden states."""
+        """The logits, (..., V), attached to the graph of the hidden states.
+
+        Raises RuntimeError where FSDP has sharded the head again since the forward.
+        """
         if self._value is None:
+            weight = self._head.weight
+            if why_not_plain(weight) or weight.shape != (self._head.out_features, self._head.in_features):
+                raise RuntimeError(
+                    "outputs.logits: lm_head has been sharded again since the forward. Read the logits before "
+                    "backward, or choose ops without linear_cross_entropy in fastlora.patch"
+                )
             with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
                 self._value = self._head(self._hidden).to(self.dtype)
         return self._value

@@ -74,6 +74,9 @@ def _read(projection: Any, dtype: torch.dtype | None = None) -> Read | str:
         for module in (lora_a, lora_b, dropout):
             if why := why_not_called(module):
                 return why
+        for module in (lora_a, lora_b):
+            if type(module) is not nn.Linear:  # a sharded unit of its own gathers for its own call
+                return f"a LoRA factor is a {type(module).__name__}"
         if type(dropout) not in (nn.Dropout, nn.Identity):
             return f"lora_dropout is a {type(dropout).__name__}"
         if why := why_not_plain(lora_a.weight, lora_b.weight, lora_b.bias):

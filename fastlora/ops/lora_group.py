@@ -208,6 +208,11 @@ def _apply(x, up, norm_weight, residual, eps, carry, projections):
     )
 
 
+def _shaped(y, shape):
+    """y, which nobody else holds, in another shape and no view: FSDP warns of a layer whose output is one."""
+    return torch.ops.aten._unsafe_view(y, shape)
+
+
 def _check_projections(op: str, x: torch.Tensor, projections: Sequence[Projection]) -> None:
     K = x.shape[-1]
     if not projections:
@@ -287,10 +292,10 @@ def lora_group(
     rows = x.reshape(-1, K).contiguous()
     norm = None if norm_weight is None else norm_weight.contiguous()
     *y, last = _apply(rows, None, norm, residual, eps, norm_weight is not None, projections)
-    shapes = [(*lead, one.weight.shape[0]) for one in projections]
-    if norm_weight is not None:
-        shapes.append(x.shape)
-    return tuple(one.view(shape) for one, shape in zip((*y, last), shapes, strict=True))
+    if norm_weight is None:
+        y.append(last)
+    shaped = [_shaped(one, (*lead, one.shape[1])) for one in y]
+    return tuple(shaped) if norm_weight is None else (*shaped, last.view(x.shape))
 
 
 def swiglu_lora(
@@ -323,7 +328,8 @@ def swiglu_lora(
     F, N = gate.shape[-1], projection.weight.shape[0]
     residual = _check_residual(op, residual, (*gate.shape[:-1], N), 1)
     rows = gate.reshape(-1, F).contiguous(), up.reshape(-1, F).contiguous()
-    return _apply(*rows, None, residual, 0.0, False, [projection])[0].view(*gate.shape[:-1], N)
+    (y,) = _apply(*rows, None, residual, 0.0, False, [projection])
+    return _shaped(y, (*gate.shape[:-1], N))
 
 
 def _check_residual(op, residual, shape, projections):

@@ -13,7 +13,17 @@ import torch
 from torch import nn
 
 from ..kernels import _library
-from ..modules._fused import FUSED, Fused, State, instance_forward, original_class
+from ..modules._fused import (
+    FUSED,
+    Fused,
+    State,
+    gathered,
+    instance_forward,
+    is_unit,
+    original_class,
+    rewrapped,
+    unwrapped,
+)
 from ..modules.memory import Memory, parse
 from .plan import Plan, Row
 
@@ -75,7 +85,7 @@ def _check_ops(ops: Iterable[str] | None) -> frozenset[str]:
 
 
 def _states(model: nn.Module) -> dict[nn.Module, tuple[type, State | None]]:
-    return {module: (type(module), module.__dict__.get("_fastlora")) for _, module, _ in _candidates(model)}
+    return {module: (unwrapped(module), module.__dict__.get("_fastlora")) for _, module, _ in _candidates(model)}
 
 
 def _become(module: nn.Module, cls: type[nn.Module], state: State | None) -> None:
@@ -83,7 +93,7 @@ def _become(module: nn.Module, cls: type[nn.Module], state: State | None) -> Non
         module.unplug()
     if "forward" in module.__dict__ and not instance_forward(module):
         del module.__dict__["forward"]
-    module.__class__ = cls
+    module.__class__ = rewrapped(module, cls)
     module.__dict__.pop("_fastlora", None)
     if isinstance(module, Fused) and state is not None:
         module.__dict__["_fastlora"] = state
@@ -163,11 +173,14 @@ def explain(model: nn.Module) -> Plan:
     """Say for every module that fastlora knows what runs, why not ours, and how often each ran since ``patch``."""
     _check_model(model)
     rows: list[Row] = []
+    units = [path for path, module in model.named_modules() if is_unit(module)]
     for path, module, swap in _candidates(model):
         if not isinstance(module, Fused):
             rows.append(Row(path, f"transformers {swap.original.__name__}", swap.why_not(module) or "not patched"))
             continue
-        for part in module.parts():
+        with gathered(any(f"{path}.".startswith(f"{unit}." if unit else "") for unit in units)):
+            parts = module.parts()
+        for part in parts:
             row = Row(_path(path, part.name), part.runs, part.why)
             rows.append(_counted(row, module._fastlora.calls.get(part.name, {})))
     return Plan(tuple(rows), _backend(model))

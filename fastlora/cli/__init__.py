@@ -5,6 +5,7 @@ import sys
 from importlib.util import find_spec
 
 from .errors import CommandError
+from .ranks import local_rank
 
 TRAIN_EXTRA = ("typer", "rich", "trl", "datasets", "matplotlib")
 
@@ -22,7 +23,9 @@ def main() -> None:
     try:
         app()
     except CommandError as error:
-        print(f"fastlora: {error}", file=sys.stderr)
+        # Every process of a run meets the same error; a machine says it once.
+        if local_rank() == 0:
+            print(f"fastlora: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("fastlora: interrupted", file=sys.stderr)

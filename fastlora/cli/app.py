@@ -34,8 +34,10 @@ class Dtype(str, Enum):
 def _console() -> Any:
     from rich.console import Console
 
+    from .ranks import rank
+
     # Paths are printed as they are: not coloured, not read as markup, not broken over lines.
-    return Console(highlight=False, markup=False, soft_wrap=True)
+    return Console(highlight=False, markup=False, soft_wrap=True, quiet=rank() > 0)
 
 
 def _version(wanted: bool) -> None:
@@ -96,6 +98,8 @@ def train(
     """Fine-tune a model with LoRA.
 
     Ctrl-C (or SIGTERM) saves a checkpoint; --resume goes on from it on the same loss curve.
+
+    Several GPUs: torchrun --nproc_per_node N -m fastlora.cli train …, or accelerate launch with a configuration.
     """
     from .train import Interrupted
     from .train import train as run

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from . import ranks
 from .errors import CommandError, first_line
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -46,7 +47,8 @@ def load_model(name: str, dtype: str) -> Any:
 
     resolved = resolve_dtype(dtype, load_config(name))
     # Straight onto the device: which kernels run is decided by where the weights are when the model is patched.
-    device_map = {"": 0} if torch.cuda.is_available() else None
+    # What is to be sharded may not fit there: FSDP and DeepSpeed load it their own way.
+    device_map = {"": ranks.local_rank()} if torch.cuda.is_available() and not ranks.sharded() else None
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=resolved, device_map=device_map)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -66,17 +68,17 @@ def resolve_dtype(dtype: str, config: Any) -> Any:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def one_device() -> str:
-    """The device to train on, by name. Raises `CommandError` where several would be used."""
-    import os
-
+def device() -> str:
+    """The devices to train on, in words. Raises `CommandError` where several GPUs are seen by a single process."""
     import torch
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise CommandError(
-            "fastlora train runs in one process. For several GPUs call fastlora.patch(model) in your own script"
-        )
     count = torch.cuda.device_count()
-    if count > 1:
-        raise CommandError(f"fastlora train uses one GPU, {count} are visible. Choose one: CUDA_VISIBLE_DEVICES=0")
-    return torch.cuda.get_device_name(0) if count else "cpu"
+    if count > 1 and ranks.world_size() == 1:
+        raise CommandError(
+            f"{count} GPUs are visible to one process. Choose one: CUDA_VISIBLE_DEVICES=0; or start one process for "
+            f"each: torchrun --nproc_per_node {count} -m fastlora.cli train …"
+        )
+    if 0 < count <= ranks.local_rank():
+        raise CommandError(f"process {ranks.local_rank()} of this machine needs a GPU of its own, {count} are visible")
+    name = torch.cuda.get_device_name(ranks.local_rank()) if count else "cpu"
+    return name if ranks.world_size() == 1 else f"{ranks.world_size()} × {name}"

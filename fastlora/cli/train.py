@@ -15,7 +15,7 @@ from rich.console import Console
 
 import fastlora
 
-from . import checkpoints
+from . import checkpoints, ranks
 from .data import Rows, read_rows
 from .errors import CommandError, first_line
 from .files import write_json
@@ -37,7 +37,8 @@ class Interrupted(Exception):
 def train(settings: Settings, resume: bool, argv: Sequence[str], console: Console) -> dict[str, Any]:
     """Run or go on with a run. Writes adapter, tokenizer, loss.png and report.json to `settings.out`; the report.
 
-    `argv` is the command line, shown again as the way to resume.
+    `argv` is the command line, shown again as the way to resume. Under torchrun and accelerate launch every process
+    calls this, on the same directory; rank 0 writes, except that each rank adds its part to a checkpoint.
     """
     began = time.perf_counter()
     rows = read_rows(settings.data)
@@ -49,8 +50,9 @@ def train(settings: Settings, resume: bool, argv: Sequence[str], console: Consol
     from .measure import PeakMemory
     from .trainer import Complete
 
-    # Not before: a run that never began leaves its directory free.
-    write_json(Path(settings.out) / RUN_FILE, _identity(settings, rows))
+    # Not before: a run that never began leaves its directory free, and every rank has seen that it was.
+    ranks.wait()
+    ranks.first(lambda: write_json(Path(settings.out) / RUN_FILE, _identity(settings, rows)))
     memory = PeakMemory()
     try:
         with stop, suppress(Complete):
@@ -61,7 +63,7 @@ def train(settings: Settings, resume: bool, argv: Sequence[str], console: Consol
     if stop.signum is not None and state.global_step < state.max_steps:
         again = shlex.join([*argv, *([] if "--resume" in argv else ["--resume"])])
         console.print(f"\nStopped at step {state.global_step} of {state.max_steps}; a checkpoint is saved. Go on with:")
-        console.print(f"  fastlora {again}")
+        console.print(f"  fastlora {again}" + ("" if ranks.world_size() == 1 else "   (by the same launcher)"))
         raise Interrupted(stop.signum)
 
     from .report import loss_curve, plot_loss, versions
@@ -71,6 +73,7 @@ def train(settings: Settings, resume: bool, argv: Sequence[str], console: Consol
         "versions": versions(),
         "settings": asdict(settings),
         "data": {"kind": rows.kind, "rows": len(rows.rows), "sha256": rows.sha256, "loss_on_answers": answers_only},
+        "processes": ranks.world_size(),
         "steps": state.global_step,
         "resumed_from_step": int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
         "seconds": round(time.perf_counter() - began, 3),
@@ -99,7 +102,7 @@ def _answers_only(settings: Settings, rows: Rows) -> bool:
 
 
 def _identity(settings: Settings, rows: Rows) -> dict[str, Any]:
-    return {**asdict(settings), "data": f"sha256 {rows.sha256}"}
+    return {**asdict(settings), "data": f"sha256 {rows.sha256}", "processes": ranks.world_size()}
 
 
 def _open(settings: Settings, rows: Rows, resume: bool, console: Console) -> Path | None:
@@ -143,14 +146,16 @@ def _build(settings: Settings, rows: Rows, answers_only: bool, console: Console)
 
     from .chat import training_template
     from .measure import Speed
-    from .models import load_model, load_tokenizer, one_device
+    from .models import device, load_config, load_model, load_tokenizer
     from .progress import ShowProgress
     from .trainer import LoRATrainer, Measure, StopIfComplete, StopOnSignal
 
-    device = one_device()
+    devices = device()
     tokenizer = load_tokenizer(settings.model)
     if rows.kind == "messages":
         tokenizer.chat_template = training_template(tokenizer, answers_only)
+    # Before the model: they start the process group, and DeepSpeed and FSDP load what they shard their own way.
+    args = _arguments(settings, rows, answers_only, load_config(settings.model))
     model = add_lora(load_model(settings.model, settings.dtype), settings)
     if settings.patch:
         fastlora.patch(model)
@@ -160,7 +165,7 @@ def _build(settings: Settings, rows: Rows, answers_only: bool, console: Console)
     try:
         trainer: Any = LoRATrainer(
             model=model,
-            args=_arguments(settings, rows, answers_only, model),
+            args=args,
             train_dataset=Dataset.from_list(rows.rows),
             processing_class=tokenizer,
             callbacks=[StopIfComplete(), stop, Measure(speed), progress],
@@ -173,7 +178,7 @@ def _build(settings: Settings, rows: Rows, answers_only: bool, console: Console)
         raise CommandError(
             f"no row of {settings.data} has a token to learn within --max-length {trainer.args.max_length}"
         )
-    _announce(settings, rows, trainer, device, console)
+    _announce(settings, rows, trainer, devices, console)
     return trainer, stop, speed, progress
 
 
@@ -204,11 +209,11 @@ def add_lora(model: Any, settings: Settings) -> Any:
         raise CommandError(f"--targets {settings.targets}: {first_line(error)}") from None
 
 
-def _arguments(settings: Settings, rows: Rows, answers_only: bool, model: Any) -> Any:
+def _arguments(settings: Settings, rows: Rows, answers_only: bool, config: Any) -> Any:
     import torch
     from trl import SFTConfig
 
-    length = settings.max_length or min(CONTEXT, model.config.max_position_embeddings)
+    length = settings.max_length or min(CONTEXT, config.max_position_embeddings)
     return SFTConfig(
         output_dir=settings.out,
         num_train_epochs=settings.epochs,
@@ -230,6 +235,7 @@ def _arguments(settings: Settings, rows: Rows, answers_only: bool, model: Any) -
         bf16=False,
         fp16=settings.dtype == "float16",
         use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
         disable_tqdm=True,
@@ -260,8 +266,12 @@ def _finish(settings: Settings, trainer: Any, report: dict[str, Any], plot_loss:
     if not report["loss"] or (report["resumed_from_step"] == report["steps"] and (out / "report.json").exists()):
         console.print(f"The run in {out} is already complete: step {report['steps']}")
         return
+    # Of sharded weights every rank holds a part.
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if ranks.sharded() else None
+    if ranks.rank() > 0:
+        return
     # The report comes last: where it is, everything is.
-    trainer.model.save_pretrained(str(out), save_embedding_layers=False)
+    trainer.model.save_pretrained(str(out), state_dict=state, save_embedding_layers=False)
     trainer.processing_class.save_pretrained(str(out))
     plot_loss(report["loss"], out / "loss.png")
     write_json(out / "report.json", report)

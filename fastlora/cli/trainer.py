@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
+from . import ranks
 from .checkpoints import staged
 from .measure import SavedBytes, Speed
 
@@ -33,8 +34,10 @@ class LoRATrainer(SFTTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss; on the first batch with a count of what it saves for backward."""
-        # Under gradient checkpointing the layers hold their inputs where the count cannot see them.
-        counted = SavedBytes(model) if not (self._measured or self.args.gradient_checkpointing) else None
+        # Under gradient checkpointing the layers hold their inputs where the count cannot see them, and of sharded
+        # weights it would count the gathered ones.
+        uncountable = self.args.gradient_checkpointing or ranks.sharded()
+        counted = SavedBytes(model) if not (self._measured or uncountable) else None
         self._measured = True
         with counted.count() if counted else nullcontext():
             loss = super().compute_loss(model, inputs, *args, **kwargs)
@@ -59,7 +62,8 @@ class StopIfComplete(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """A context in which SIGINT and SIGTERM end the training after the present step, with a checkpoint.
 
-    The second signal of a kind does what it does elsewhere. `signum` is the signal that came, or None.
+    The second signal of a kind does what it does elsewhere. `signum` is the signal that came, or None. A launcher
+    signals its processes one after another: they end after the step in which the first of them was reached.
     """
 
     def __init__(self) -> None:
@@ -81,7 +85,8 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for a checkpoint and the end, if a signal came."""
-        if self.signum is not None:
+        if signum := ranks.largest(self.signum or 0, args.device):
+            self.signum = signum
             control.should_save = True
             control.should_training_stop = True
 

@@ -35,7 +35,7 @@ def collate(rows):
 
 
 rows = load_dataset("json", data_files=args.data, split="train")
-batches = DataLoader(rows, batch_size=4, shuffle=True, collate_fn=collate, drop_last=True)
+batches = DataLoader(rows, batch_size=4, shuffle=True, collate_fn=collate)
 optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-4)
 model.train()
 for step, batch in zip(range(args.steps), itertools.chain.from_iterable(itertools.repeat(batches)), strict=False):

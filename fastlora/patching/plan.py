@@ -57,7 +57,10 @@ class Plan:
         if not self.rows:
             return "No Llama module found: nothing to fuse."
         header = ("module", "runs", "fused calls", "passed", "why not fused")
-        lines = [header, *((r.path, r.runs, str(r.fused), str(r.passed), r.why or "") for r in _by_layer(self.rows))]
+        lines = [
+            header,
+            *((r.path or "(model)", r.runs, str(r.fused), str(r.passed), r.why or "") for r in _by_layer(self.rows)),
+        ]
         widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
         text = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines

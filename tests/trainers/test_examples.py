@@ -174,6 +174,34 @@ def test_run_under_accelerate(script, capfd):
     assert (fused(plan, "mlp.up_proj"), fused(counters, "mlp.up_proj")) == (0, 4)
 
 
+def test_run_sees_models_of_every_kind_and_their_copies(tmp_path, monkeypatch, capsys):
+    """A reward model, a deep copy, an unpickled copy: each runs fused, and none knows of fastlora.run afterwards."""
+    path = tmp_path / "rewards.py"
+    path.write_text(
+        "import copy, pickle, torch\n"
+        "from transformers import LlamaConfig, LlamaForSequenceClassification\n"
+        "config = LlamaConfig(vocab_size=11, hidden_size=64, intermediate_size=16, num_hidden_layers=1, num_labels=1,\n"
+        "                     num_attention_heads=2, num_key_value_heads=1, pad_token_id=0)\n"
+        "model = LlamaForSequenceClassification(config).train()\n"
+        "models = [model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))]\n"
+        "for one in models:\n"
+        "    one(input_ids=torch.arange(10).view(2, 5)).logits.sum().backward()\n"
+    )
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    kept = []
+    monkeypatch.setattr(
+        runpy, "run_path", lambda *args, run=runpy.run_path, **kwargs: kept.append(run(*args, **kwargs))
+    )
+    fastlora_run([str(path)])
+    for model in kept[0]["models"]:
+        assert row(model, "layers.0.mlp.up_proj").fused == 1
+        assert not model.base_model._forward_pre_hooks
+    said = capsys.readouterr().err
+    assert said.count("fastlora: LlamaForSequenceClassification") == 2
+    assert "LlamaForCausalLM" not in said
+
+
 def test_run_says_that_nothing_was_built(tmp_path, monkeypatch, capsys):
     """And the script's own error stays its own."""
     path = tmp_path / "empty.py"

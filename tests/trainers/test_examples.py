@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -143,7 +144,10 @@ def script(tmp_path, monkeypatch):
     path.write_text(SCRIPT)
     (tmp_path / "beside.py").write_text("STATUS = 0\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    return str(path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield str(path)
+    for number, handler in handlers.items():  # torchrun leaves its own
+        signal.signal(number, handler)
 
 
 def test_run_under_torchrun(script, capfd):

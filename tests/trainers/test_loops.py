@@ -56,7 +56,7 @@ def test_loop(name, record_property):
 def test_compiled(record_property):
     """The compiled model runs our operators, which test_compile of tests/patching sees in its graph."""
     torch.compiler.reset()
-    _, figures = judge(loop(compiled=True), seeds=(0,), places=("adapters",), num_hidden_layers=1)
+    _, figures = judge(loop(compiled=True), runs=1, places=("adapters",), num_hidden_layers=1)
     record_property("figures", figures)
 
 
@@ -72,7 +72,7 @@ def test_the_budget_notices(monkeypatch):
 
     monkeypatch.setattr(fastlora, "patch", off)
     with pytest.raises(AssertionError, match="drift"):
-        judge(loop(), seeds=(0,), places=("adapters",))
+        judge(loop(), runs=1, places=("adapters",))
 
 
 def lightning_case(callback: bool = False, **options):

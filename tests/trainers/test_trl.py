@@ -110,9 +110,9 @@ def dpo(path, tokenizer, **options):
 def test_dpo(reference, tmp_path, tokenizer, record_property):
     case = dpo(tmp_path, tokenizer)
     if reference == "a copy of the adapter":
-        model, figures = judge(case, places=("adapters", "trainer"), seeds=(0,))
+        model, figures = judge(case, places=("adapters", "trainer"), runs=1)
     else:
-        model, figures = judge(case, attach=adapters_of_the_trainer, places=("base", "trainer"), seeds=(0,))
+        model, figures = judge(case, attach=adapters_of_the_trainer, places=("base", "trainer"), runs=1)
     record_property("figures", figures)
     assert_layers_fused(model)
 
@@ -153,7 +153,7 @@ def grpo(path, tokenizer):
 
 def test_grpo(tmp_path, tokenizer, record_property):
     case = grpo(tmp_path, tokenizer)
-    model, figures = judge(case, attach=adapters_of_the_trainer, places=("base", "trainer"), seeds=(0,))
+    model, figures = judge(case, attach=adapters_of_the_trainer, places=("base", "trainer"), runs=1)
     record_property("figures", figures)
     assert_layers_fused(model)
     assert row(model, "layers.0.mlp.up_proj").fused > 3 * STEPS, "generation, reference, policy"

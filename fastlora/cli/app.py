@@ -87,6 +87,9 @@ def train(
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="Recompute layers in backward: less memory, slower.")
     ] = DEFAULT.gradient_checkpointing,
+    memory: Annotated[
+        str, typer.Option(help="fast, lean (checkpoint layers), auto (recompute what must be), or bytes: 20GB.")
+    ] = DEFAULT.memory,
     dtype: Annotated[
         Dtype, typer.Option(help="Type of the frozen weights. auto: bfloat16 where the GPU has it.")
     ] = Dtype.auto,
@@ -107,7 +110,7 @@ def train(
     settings = Settings(
         model=model, data=data, out=out, rank=rank, alpha=alpha, dropout=dropout, targets=targets, lr=lr,
         epochs=epochs, max_steps=max_steps, batch_size=batch_size, grad_accum=grad_accum, max_length=max_length,
-        packing=packing, answers_only=answers_only, gradient_checkpointing=gradient_checkpointing, dtype=dtype.value,
+        packing=packing, answers_only=answers_only, gradient_checkpointing=gradient_checkpointing, memory=memory, dtype=dtype.value,
         seed=seed, save_steps=save_steps, patch=not no_patch,
     )  # fmt: skip
     try:

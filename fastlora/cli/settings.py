@@ -23,6 +23,7 @@ class Settings:
     packing: bool = False
     answers_only: bool | None = None
     gradient_checkpointing: bool = False
+    memory: str = "fast"
     dtype: str = "auto"
     seed: int = 0
     save_steps: int = 100

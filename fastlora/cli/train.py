@@ -24,7 +24,7 @@ from .settings import Settings
 CONTEXT = 4096
 RUN_FILE = "run.json"
 # What may differ between a run and its --resume: everything else would bend the loss curve.
-FREE_ON_RESUME = {"out", "epochs", "max_steps", "save_steps", "patch"}
+FREE_ON_RESUME = {"out", "epochs", "max_steps", "save_steps", "patch", "memory"}
 
 
 class Interrupted(Exception):
@@ -41,19 +41,21 @@ def train(settings: Settings, resume: bool, argv: Sequence[str], console: Consol
     calls this, on the same directory; rank 0 writes, except that each rank adds its part to a checkpoint.
     """
     began = time.perf_counter()
+    _check_memory(settings)
     rows = read_rows(settings.data)
     answers_only = _answers_only(settings, rows)
     checkpoint = _open(settings, rows, resume, console)
     quiet()
 
     trainer, stop, speed, progress = _build(settings, rows, answers_only, console)
+    from .energy import EnergyMeter, energy_report
     from .measure import PeakMemory
     from .trainer import Complete
 
     # Not before: a run that never began leaves its directory free, and every rank has seen that it was.
     ranks.wait()
     ranks.first(lambda: write_json(Path(settings.out) / RUN_FILE, _identity(settings, rows)))
-    memory = PeakMemory()
+    memory, meter = PeakMemory(), EnergyMeter()
     try:
         with stop, suppress(Complete):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -84,11 +86,23 @@ def train(settings: Settings, resume: bool, argv: Sequence[str], console: Consol
             "bytes_per_token": trainer.saved_bytes_per_token,
             "what": "what autograd keeps of the first batch, without the model's weights, per position of the batch",
         },
+        "energy": energy_report(meter, settings, trainer.model.config, speed.tokens, trainer.args.max_length),
         "plan": fastlora.explain(trainer.model).to_dict() if settings.patch else None,
         "loss": loss_curve(state.log_history),
     }
     _finish(settings, trainer, report, plot_loss, console)
     return report
+
+
+def _check_memory(settings: Settings) -> None:
+    from fastlora.modules.memory import parse
+
+    try:
+        parse(settings.memory)
+    except ValueError as error:
+        raise CommandError(f"--{error}") from None
+    if settings.memory != "fast" and not settings.patch:
+        raise CommandError(f"--memory {settings.memory} is fastlora's own; it does not go with --no-patch")
 
 
 def _answers_only(settings: Settings, rows: Rows) -> bool:
@@ -158,7 +172,7 @@ def _build(settings: Settings, rows: Rows, answers_only: bool, console: Console)
     args = _arguments(settings, rows, answers_only, load_config(settings.model))
     model = add_lora(load_model(settings.model, settings.dtype), settings)
     if settings.patch:
-        fastlora.patch(model)
+        fastlora.patch(model, memory=settings.memory)
 
     stop, speed = StopOnSignal(), Speed()
     progress = ShowProgress(console, speed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..kernels.linear_cross_entropy import CHUNK_BYTES
 from . import activations
 from .activations import POLICIES, Adapters
 from .policies import StepBytes
@@ -47,6 +46,8 @@ def step_bytes(
 
 def loss_bytes(shape: Shape, tokens: int, itemsize: int, residual: int, device: str, fused: bool) -> float:
     """What the last norm and the loss hold at once, beside the norm's output."""
+    from ..kernels.linear_cross_entropy import CHUNK_BYTES  # here, so that planning itself imports no torch
+
     x = tokens * (shape.hidden * residual + 4.0)
     logits = tokens * shape.vocab
     if not fused:

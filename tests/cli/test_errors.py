@@ -78,6 +78,12 @@ def test_resuming_with_another_setting(fails, no_model, rows_file, tmp_path):
     )
 
 
+def test_memory_policies_that_are_none(fails, no_model, rows_file, tmp_path):
+    args = ["train", "--model", "m", "--data", rows_file, "--out", tmp_path / "out", "--memory"]
+    assert "--memory is 'all', needs 'fast', 'lean', 'auto', or bytes" in fails(*args, "all")
+    assert "--memory lean is fastlora's own; it does not go with --no-patch" in fails(*args, "lean", "--no-patch")
+
+
 def test_completion_only_on_text(fails, no_model, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text('{"text": "t"}\n')
@@ -96,13 +102,20 @@ def test_rows_longer_than_the_limit(fails, model_dir, rows_file, tmp_path):
     assert "has a token to learn within --max-length 3" in fails(*args)
 
 
-@pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["demo", "--help"], ["explain", "--help"]])
+@pytest.mark.parametrize(
+    "args", [["--help"], ["train", "--help"], ["demo", "--help"], ["explain", "--help"], ["plan", "--help"]]
+)
 def test_help_says_what_the_command_does(args):
     from fastlora.cli.app import app
 
     shown = CliRunner().invoke(app, args)
     assert shown.exit_code == 0
-    expected = {"train": "Fine-tune a model with LoRA", "demo": "No download, no GPU", "explain": "Trains nothing"}
+    expected = {
+        "train": "Fine-tune a model with LoRA",
+        "demo": "No download, no GPU",
+        "explain": "Trains nothing",
+        "plan": "loads no weights",
+    }
     assert expected.get(args[0], "LoRA fine-tuning of Llama 2 models") in " ".join(shown.output.split())
 
 

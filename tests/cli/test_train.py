@@ -71,6 +71,43 @@ def test_the_run_leaves_adapter_tokenizer_plot_and_report(whole_run):
     assert written["settings"]["rank"] == 4
     assert written["versions"]["peft"] and written["versions"]["fastlora"]
     assert written["plan"]["rows"]
+    assert written["energy"]["kwh"] is None and written["energy"]["why"] == "no GPU"
+    assert written["energy"]["estimate"]["kwh"] is None and "no GPU" in written["energy"]["estimate"]["why"]
+
+
+# What a machine with a GPU would have: its name, its memory, and a counter that goes up by 3.6 kJ each time it is read.
+STAND_IN_FOR_NVML = """
+import sys, types
+import fastlora.cli.energy, fastlora.planning.gpus
+fastlora.cli.energy.gpu_uuid = lambda: "GPU-1"
+of = fastlora.planning.gpus.gpu_of
+fastlora.planning.training_plan.gpu_of = lambda name: of("a100-80gb" if name == "auto" else name)
+nvml = types.ModuleType("pynvml")
+nvml.NVMLError = type("NVMLError", (Exception,), {})
+nvml.nvmlInit = lambda: None
+nvml.nvmlDeviceGetHandleByUUID = {"GPU-1": "handle"}.__getitem__
+counter = iter(range(0, 10**9, 3_600_000))
+nvml.nvmlDeviceGetTotalEnergyConsumption = lambda handle: {"handle": next(counter)}[handle]
+sys.modules["pynvml"] = nvml
+"""
+
+
+def test_a_run_that_recomputes_has_the_curve_of_one_that_does_not_and_measures_its_energy(
+    flags, fastlora_cli, whole_run, tmp_path
+):
+    out = tmp_path / "run"
+    done = fastlora_cli(*flags, "--out", out, "--memory", "lean", before=STAND_IN_FOR_NVML)
+    assert done.returncode == 0, done.stderr
+    written = report(out)
+    assert written["loss"] == report(whole_run[0])["loss"]
+    kept = [report(run)["saved_for_backward"]["bytes_per_token"] for run in (whole_run[0], out)]
+    assert kept[1] < kept[0] / 2
+    memory = [row for row in written["plan"]["rows"] if row["path"].endswith(".memory")]
+    assert memory and all(row["fused"] == 2 * STEPS for row in memory)
+    energy = written["energy"]
+    assert energy["kwh"] == pytest.approx(0.001) and energy["kg_co2eq"] == pytest.approx(0.001 * 0.4234)
+    assert energy["why"] is None and energy["estimate"]["why"] is None
+    assert 0 < energy["estimate"]["kwh"] < energy["kwh"] and energy["estimate"]["rates"] == "modelled"
 
 
 def test_the_adapter_is_plain_peft(whole_run, model_dir):

@@ -110,8 +110,8 @@ def train(
     settings = Settings(
         model=model, data=data, out=out, rank=rank, alpha=alpha, dropout=dropout, targets=targets, lr=lr,
         epochs=epochs, max_steps=max_steps, batch_size=batch_size, grad_accum=grad_accum, max_length=max_length,
-        packing=packing, answers_only=answers_only, gradient_checkpointing=gradient_checkpointing, memory=memory, dtype=dtype.value,
-        seed=seed, save_steps=save_steps, patch=not no_patch,
+        packing=packing, answers_only=answers_only, gradient_checkpointing=gradient_checkpointing, memory=memory,
+        dtype=dtype.value, seed=seed, save_steps=save_steps, patch=not no_patch,
     )  # fmt: skip
     try:
         run(settings, resume, sys.argv[1:], _console())

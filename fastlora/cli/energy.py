@@ -69,7 +69,7 @@ def energy_report(meter: EnergyMeter, settings: Settings, config: Any, tokens: i
 
 def _estimate(settings: Settings, config: Any, tokens: int, length: int) -> dict[str, Any]:
     nothing: dict[str, Any] = {"kwh": None, "kg_co2eq": None, "gpu_hours": None, "rates": None}
-    chosen = {}
+    chosen: dict[str, Any] = {}
     if settings.targets != "all-linear":
         chosen["targets"] = [name.strip() for name in settings.targets.split(",")]
     if settings.gradient_checkpointing or settings.memory == "lean":

@@ -73,6 +73,8 @@ def show(made: TrainingPlan, console: Console) -> None:
         f"{assumed['watts']:g} W per GPU, {assumed['intensity_kg_per_kwh']:g} kg CO2eq per kWh, PUE {assumed['pue']:g}."
         " Counted, not measured: memory. Host time and gaps between kernels are left out."
     )
+    for note in assumed["notes"]:
+        console.print(f"Note: {note}.")
 
 
 _ALWAYS = ("engine", "policy", "largest micro-batch")

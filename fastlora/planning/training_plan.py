@@ -219,6 +219,7 @@ class _Job:
                 "watts": self.watts, "intensity_kg_per_kwh": self.intensity, "pue": self.pue,
                 "targets": [name for name, _ in self.adapters.ranks], "dropout": self.adapters.dropout,
                 "code": "fastlora" if fused else "transformers and PEFT, fp32 adapters under autocast",
+                "notes": _notes(cluster) if fused else [],
             },
         }  # fmt: skip
 
@@ -288,6 +289,16 @@ class _Job:
             parts |= {"recomputed layer": again, "workspace": work}
         in_gb = {kind: size / 1e9 for kind, size in parts.items() if size}
         return in_gb | {"total": sum(in_gb.values()), "capacity": self.gpu.memory / 1e9}
+
+
+def _notes(cluster: Cluster) -> list[str]:
+    """What a plan takes for granted that explain(model) has to confirm."""
+    notes = []
+    if cluster.quant:
+        notes.append("4-bit projections are taken to run fused; explain(model) says what does")
+    if cluster.engine in ("fsdp2", "zero3"):
+        notes.append(f"layers sharded by {cluster.engine} are taken to run fused; explain(model) says what does")
+    return notes
 
 
 def _words(chosen: tuple[str, ...]) -> str:

@@ -135,10 +135,15 @@ def plot(made: TrainingPlan, path: Path) -> None:
         )
     capacity = made.memory_gb["capacity"]
     panels[0].axhline(capacity, color="black", linewidth=1, linestyle="--")
-    panels[0].text(0.5, capacity, f"{made.gpu}: {capacity:.1f} GB", ha="center", va="bottom", fontsize=8)
-    panels[0].set_title(_under([f"{one.micro_batch_tokens:,} tokens per step" for one in runs.values()]), fontsize=9)
+    panels[0].annotate(
+        f"{made.gpu}: {capacity:.1f} GB", (0.5, capacity), xytext=(0, 4), textcoords="offset points",
+        ha="center", fontsize=8,
+    )  # fmt: skip
+    steps = [f"{one.micro_batch_tokens:,} tokens per step" if one.fits else "does not fit" for one in runs.values()]
     rates = [f"{one.tokens_per_s:,.0f} tokens/s" if one.fits else "does not fit" for one in runs.values()]
-    panels[1].set_title(_under(rates), fontsize=9)
+    again = [f"recomputes in {sum(one.layers.values()) - one.layers['keep']} layers" for one in runs.values()]
+    panels[0].set_xticks([0, 1], ["\n".join(lines) for lines in zip(runs, steps, again, strict=True)])
+    panels[1].set_xticks([0, 1], ["\n".join(lines) for lines in zip(runs, rates, strict=True)])
     labels = sorted({rate.label for rate in made.provenance.values()})
     layers, seq, base = made.shape.layers, made.seq, made.quant or "bf16"
     figure.suptitle(
@@ -148,7 +153,3 @@ def plot(made: TrainingPlan, path: Path) -> None:
     )
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png")
-
-
-def _under(texts: list[str]) -> str:
-    return "   |   ".join(texts)

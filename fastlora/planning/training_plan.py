@@ -70,10 +70,11 @@ class TrainingPlan:
             return (
                 f"{where}: does not fit, needs {self.memory_gb['total']:.1f} GB of {self.memory_gb['capacity']:.1f} GB"
             )
+        labels = " and ".join(sorted({rate.label for rate in self.provenance.values()}))
         return (
             f"{where}: {self.micro_batch_tokens} tokens per GPU and step, {self.policy}; {self.tokens_per_s:,.0f}"
             f" tokens/s, {self.gpu_hours:,.1f} GPU hours, {self.kwh:,.1f} kWh, {self.kg_co2eq:,.1f} kg CO2eq"
-        )
+        ) + (f" (rates {labels})" if labels else "")
 
 
 def plan(

@@ -97,6 +97,13 @@ class Memory:
 
     def _decide(self, layer: Any, x: torch.Tensor, tokens: int) -> tuple[str, ...]:
         shape: Shape = shape_of(layer.self_attn.config)
+        if _gathers_inside(layer):
+            logging.getLogger("fastlora").warning(
+                "memory=%r: hooks inside the layers may exchange weights with other processes whenever they run, so"
+                " every process has to recompute alike: every layer is checkpointed.",
+                self.wanted,
+            )
+            return (LAYER,) * shape.layers
         adapters = layer.adapters()
         device = x.device.type
         product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -124,6 +131,14 @@ class Memory:
             )
             return (LAYER,) * shape.layers
         return chosen
+
+
+def _gathers_inside(layer: Any) -> bool:
+    """Whether something may communicate each time a part of the layer runs, as DeepSpeed's ZeRO-3 does."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    inside = (module for module in layer.modules() if module is not layer)
+    return any(module._forward_pre_hooks or module._forward_hooks for module in inside)
 
 
 def free_bytes(device: torch.device) -> float:

@@ -4,16 +4,17 @@ from typing import Any
 
 from fastlora.planning import energy, plan
 
+from . import ranks
 from .settings import Settings
 
 
 def gpu_uuid() -> str | None:
-    """NVML's name of the GPU that PyTorch calls 0, which CUDA_VISIBLE_DEVICES may have moved; None without a GPU."""
+    """NVML's name of this process's GPU, whose number CUDA_VISIBLE_DEVICES may have moved; None without a GPU."""
     import torch
 
     if not torch.cuda.is_available():
         return None
-    return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    return f"GPU-{torch.cuda.get_device_properties(ranks.local_rank()).uuid}"
 
 
 class EnergyMeter:
@@ -55,13 +56,18 @@ class EnergyMeter:
 
 
 def energy_report(meter: EnergyMeter, settings: Settings, config: Any, tokens: int, length: int) -> dict[str, Any]:
-    """The run's energy for report.json: of this process, measured, with the estimate for the same tokens beside it."""
-    used = meter.kwh()
+    """The run's energy for report.json: of all GPUs, measured, with the estimate for the same tokens beside it.
+
+    Of a resumed run, what it took since. Every process has to call it.
+    """
+    each = ranks.from_all((meter.kwh(), meter.why))
+    missing = [f"rank {rank}: {why}" if len(each) > 1 else why for rank, (kwh, why) in enumerate(each) if kwh is None]
+    used = None if missing else sum(kwh for kwh, _ in each)
     return {
         "kwh": used,
         "kg_co2eq": None if used is None else energy.kg_co2eq(used),
-        "why": meter.why,
-        "what": "drawn by the GPU from the first step to the last, by NVML's counter",
+        "why": missing[0] if missing else None,
+        "what": "drawn by the GPUs from the first step to the last, by NVML's counters",
         "kg_co2eq_per_kwh": energy.INTENSITY,
         "estimate": _estimate(settings, config, tokens, length),
     }
@@ -78,8 +84,8 @@ def _estimate(settings: Settings, config: Any, tokens: int, length: int) -> dict
         memory = "fast" if settings.memory == "fast" else "auto"
     try:
         made = plan(
-            config, max(tokens, 1), "auto", rank=settings.rank, dropout=settings.dropout, seq=length,
-            micro_batch=settings.batch_size, memory=memory, **chosen,
+            config, max(tokens, 1), "auto", rank=settings.rank, dropout=settings.dropout, seq=length, gpus=ranks.world_size(),
+            engine="single" if ranks.world_size() == 1 else "fsdp2" if ranks.sharded() else "ddp", micro_batch=settings.batch_size, memory=memory, **chosen,
         )  # fmt: skip
     except ValueError as error:
         return nothing | {"why": str(error)}

@@ -45,6 +45,17 @@ def largest(value: int, device: Any) -> int:
     return int(found.item())
 
 
+def from_all(value: Any) -> list[Any]:
+    """The `value` of every process, by rank."""
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def first(write: Callable[[], None]) -> None:
     """Let rank 0 write, while the others wait for it."""
     if rank() == 0:

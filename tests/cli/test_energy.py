@@ -6,6 +6,7 @@ import types
 import pytest
 
 from fastlora.cli import energy
+from fastlora.cli.settings import Settings
 
 
 @pytest.fixture
@@ -42,6 +43,16 @@ def test_an_error_at_the_end_is_the_reason_too(nvml, monkeypatch):
     meter = energy.EnergyMeter()
     monkeypatch.setattr(meter, "_millijoules", lambda: (_ for _ in ()).throw(nvml.NVMLError("GPU is lost")))
     assert meter.kwh() is None and meter.why == "NVML: GPU is lost"
+
+
+def test_a_run_on_several_gpus_adds_up_and_says_whose_is_missing(nvml, monkeypatch):
+    settings = Settings(model="7b", data="", out="")
+    others = [(2.0, None), (3.0, None)]
+    monkeypatch.setattr(energy.ranks, "from_all", lambda mine: [mine, *others])
+    assert energy.energy_report(energy.EnergyMeter(), settings, "7b", 10, 128)["kwh"] == 5.0
+    others[1] = None, "NVML: GPU is lost"
+    found = energy.energy_report(energy.EnergyMeter(), settings, "7b", 10, 128)
+    assert found["kwh"] is None and found["why"] == "rank 2: NVML: GPU is lost"
 
 
 def test_without_the_package_and_without_a_gpu(monkeypatch):

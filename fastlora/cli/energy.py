@@ -82,10 +82,12 @@ def _estimate(settings: Settings, config: Any, tokens: int, length: int) -> dict
         memory = "lean"
     else:
         memory = "fast" if settings.memory == "fast" else "auto"
+    engine = "fsdp2" if ranks.sharded() else "ddp"
     try:
         made = plan(
-            config, max(tokens, 1), "auto", rank=settings.rank, dropout=settings.dropout, seq=length, gpus=ranks.world_size(),
-            engine="single" if ranks.world_size() == 1 else "fsdp2" if ranks.sharded() else "ddp", micro_batch=settings.batch_size, memory=memory, **chosen,
+            config, max(tokens, 1), "auto", gpus=ranks.world_size(), engine=engine if ranks.world_size() > 1 else None,
+            rank=settings.rank, dropout=settings.dropout, seq=length, micro_batch=settings.batch_size, memory=memory,
+            **chosen,
         )  # fmt: skip
     except ValueError as error:
         return nothing | {"why": str(error)}

@@ -48,7 +48,7 @@ def load_model(name: str, dtype: str) -> Any:
     resolved = resolve_dtype(dtype, load_config(name))
     # Straight onto the device: which kernels run is decided by where the weights are when the model is patched.
     # What is to be sharded may not fit there: FSDP and DeepSpeed load it their own way.
-    device_map = {"": ranks.local_rank()} if torch.cuda.is_available() and not ranks.sharded() else None
+    device_map = {"": ranks.local_rank()} if torch.cuda.is_available() and not ranks.engine() else None
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=resolved, device_map=device_map)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -78,6 +78,8 @@ def device() -> str:
             f"{count} GPUs are visible to one process. Choose one: CUDA_VISIBLE_DEVICES=0; or start one process for "
             f"each: torchrun --nproc_per_node {count} -m fastlora.cli train …"
         )
+    if ranks.engine() and not count:
+        raise CommandError("accelerate launch was told to shard the weights, which needs GPUs; none is visible")
     if 0 < count <= ranks.local_rank():
         raise CommandError(f"process {ranks.local_rank()} of this machine needs a GPU of its own, {count} are visible")
     name = torch.cuda.get_device_name(ranks.local_rank()) if count else "cpu"

@@ -20,9 +20,10 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def sharded() -> bool:
-    """Whether accelerate launch was told to shard the weights, by FSDP or DeepSpeed."""
-    return any(os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true" for name in ("FSDP", "DEEPSPEED"))
+def engine() -> str | None:
+    """What accelerate launch was told to shard the weights by: "FSDP", "DEEPSPEED", or None."""
+    names = ("FSDP", "DEEPSPEED")
+    return next((name for name in names if os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true"), None)
 
 
 def wait() -> None:

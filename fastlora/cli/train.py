@@ -227,6 +227,8 @@ def _arguments(settings: Settings, rows: Rows, answers_only: bool, config: Any) 
     import torch
     from trl import SFTConfig
 
+    from .models import resolve_dtype
+
     length = settings.max_length or min(CONTEXT, config.max_position_embeddings)
     return SFTConfig(
         output_dir=settings.out,
@@ -245,8 +247,8 @@ def _arguments(settings: Settings, rows: Rows, answers_only: bool, config: Any) 
         logging_steps=1,
         logging_nan_inf_filter=False,
         # The weights already have the wanted type and the adapter is float32; autocast would only add casts.
-        # float16 alone needs the loss scaling that comes with it.
-        bf16=False,
+        # float16 alone needs the loss scaling that comes with it. DeepSpeed reads from it what to compute in.
+        bf16=ranks.engine() == "DEEPSPEED" and resolve_dtype(settings.dtype, config) == torch.bfloat16,
         fp16=settings.dtype == "float16",
         use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
@@ -281,7 +283,7 @@ def _finish(settings: Settings, trainer: Any, report: dict[str, Any], plot_loss:
         console.print(f"The run in {out} is already complete: step {report['steps']}")
         return
     # Of sharded weights every rank holds a part.
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if ranks.sharded() else None
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if ranks.engine() else None
     if ranks.rank() > 0:
         return
     # The report comes last: where it is, everything is.

@@ -36,7 +36,7 @@ class LoRATrainer(SFTTrainer):
         """The loss; on the first batch with a count of what it saves for backward."""
         # Under gradient checkpointing the layers hold their inputs where the count cannot see them, and of sharded
         # weights it would count the gathered ones.
-        uncountable = self.args.gradient_checkpointing or ranks.sharded()
+        uncountable = self.args.gradient_checkpointing or ranks.engine() is not None
         counted = SavedBytes(model) if not (self._measured or uncountable) else None
         self._measured = True
         with counted.count() if counted else nullcontext():

@@ -8,12 +8,14 @@ import sys
 import time
 
 import pytest
+import torch
 from cli.conftest import model_dir, rows_file, tokenizer  # noqa: F401
 from rich.console import Console
 
 from fastlora.cli.data import read_rows
 from fastlora.cli.errors import CommandError
 from fastlora.cli.files import write_json
+from fastlora.cli.models import device
 from fastlora.cli.settings import Settings
 from fastlora.cli.train import RUN_FILE, _identity, _open
 
@@ -95,6 +97,23 @@ def test_sigterm_to_torchrun_saves_one_checkpoint_to_resume_from(flags, command,
 def test_an_error_is_said_once(flags, command, pair, whole_run):
     assert command(*flags, "--out", whole_run[0]) == [1, 1]
     assert ["is not empty" in printed for printed in pair.output] == [True, False]
+
+
+def test_sharding_needs_gpus(monkeypatch):
+    """Accelerate would start training, unsharded or with weights it never gathers."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(CommandError, match="needs GPUs"):
+        device()
+
+
+@pytest.mark.parametrize("local_rank, message", [("0", "torchrun --nproc_per_node 2"), ("2", "2 are visible")])
+def test_gpus_and_processes_that_do_not_match(local_rank, message, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setenv("WORLD_SIZE", str(int(local_rank) + 1))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(CommandError, match=message):
+        device()
 
 
 def test_resuming_with_another_number_of_processes(rows_file, tmp_path, monkeypatch):  # noqa: F811

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from .training import ROWS, SIZES, STEPS, adapters, optimizer, rows, whole
 
-ALL = {"": None}
 # What is left alone, by the end of its path, and a part of the reason.
 LEFT_ALONE = {
     "ddp": {},
@@ -113,6 +112,15 @@ def test_trains_as_unpatched(engine, when, runs, truth):
         elif not row.path.endswith(".attention"):  # plain batches go to SDPA
             calls = 2 * STEPS if "checkpointing" in engine and ".layers." in row.path else STEPS
             assert row.why is None and (row.fused, row.passed) == (calls, 0), (row, text)
+
+
+def test_the_budget_notices(runs, truth):
+    """Weights and losses that are off by sixteen roundings."""
+    ours, eager = ({n: t * (1 + off) for n, t in load(runs("fsdp2") / "never")[0].items()} for off in (2.0**-20, 0))
+    errors = Errors()
+    errors.add(ours, eager, truth(False), torch.float32)
+    with pytest.raises(AssertionError, match="unpatched"):
+        errors.check()
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp1", "fsdp2", "zero-3, leaf"])

@@ -67,19 +67,25 @@ _watches: weakref.WeakKeyDictionary[Any, Watch] = weakref.WeakKeyDictionary()
 _all: list[Watch] = []  # those of this run
 
 
-def _watch(model: Any) -> None:
-    """Watch a patched model, under its outermost name."""
+def _watch(backbone: Any) -> Watch:
+    if backbone not in _watches:
+        _watches[backbone] = Watch(backbone)
+        _all.append(_watches[backbone])
+    return _watches[backbone]
+
+
+def _built(model: Any) -> None:
+    """Patch a model and watch it, under its outermost name: the backbone is built before what is around it."""
+    fastlora.patch(model)
     backbone = model.base_model
     if backbone not in _watches:
         backbone.register_forward_pre_hook(_first_step)
-        _watches[backbone] = Watch(model)
-        _all.append(_watches[backbone])
-    elif model is not backbone:
-        _watches[backbone].model, _watches[backbone].name = weakref.ref(model), type(model).__name__
+    watch = _watch(backbone)
+    watch.model, watch.name = weakref.ref(model), type(model).__name__
 
 
 def _first_step(backbone: Any, args: Any) -> None:
-    """A forward pre-hook: the plan, once."""
+    """A forward pre-hook: the plan, once. Copies of a model have it, too, and are known by their backbone."""
     import torch
 
     if not backbone.training or torch.compiler.is_compiling():
@@ -87,9 +93,9 @@ def _first_step(backbone: Any, args: Any) -> None:
     for handle, hook in list(backbone._forward_pre_hooks.items()):
         if hook is _first_step:
             del backbone._forward_pre_hooks[handle]
-    if watch := _watches.get(backbone):
-        watch.look()
-        _say(f"fastlora: {watch.name}\n{watch.plan}")
+    watch = _watch(backbone)
+    watch.look()
+    _say(f"fastlora: {watch.name}\n{watch.plan}")
 
 
 def _say(text: str) -> None:
@@ -132,7 +138,7 @@ def patching_what_is_built() -> Iterator[None]:
         @functools.wraps(original)
         def post_init(self: Any) -> None:
             original(self)
-            _watch(fastlora.patch(self))
+            _built(self)
 
         cls.post_init = post_init
         hooked.append(cls)

@@ -203,6 +203,7 @@ def test_run_sees_models_of_every_kind_and_their_copies(tmp_path, monkeypatch, c
         assert not model.base_model._forward_pre_hooks
     said = capsys.readouterr().err
     assert said.count("fastlora: LlamaForSequenceClassification") == 2
+    assert said.count("fastlora: LlamaModel") == 2 * 2
     assert "LlamaForCausalLM" not in said
 
 

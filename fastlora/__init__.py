@@ -16,12 +16,15 @@ from ._version import __version__
 if TYPE_CHECKING:
     from . import ops
     from .patching import NotFused, Plan, explain, patch, patched, unpatch
+    from .patching.verification import Verification
+    from .patching.verifying import verify
     from .planning import TrainingPlan, plan
 
 __all__ = [
     "NotFused",
     "Plan",
     "TrainingPlan",
+    "Verification",
     "__version__",
     "explain",
     "ops",
@@ -29,6 +32,7 @@ __all__ = [
     "patched",
     "plan",
     "unpatch",
+    "verify",
 ]
 
 
@@ -37,6 +41,9 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(".ops", __name__)
     if name in ("TrainingPlan", "plan"):
         return getattr(importlib.import_module(".planning", __name__), name)
+    if name in ("Verification", "verify"):  # apart from patching, which does without transformers until it patches
+        module = "verification" if name == "Verification" else "verifying"
+        return getattr(importlib.import_module(f".patching.{module}", __name__), name)
     if name in __all__:
         return getattr(importlib.import_module(".patching", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -133,6 +133,34 @@ def demo(
 
 
 @app.command()
+def verify(
+    model: Annotated[str, typer.Option(help="A model directory or a Hugging Face id.")],
+    data: Annotated[str, typer.Option(help="JSON lines, as for train.")],
+    adapter: Annotated[
+        str | None, typer.Option(help="A PEFT adapter directory.  [default: a new adapter, its B drawn at random]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences in the batch.")] = DEFAULT.batch_size,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens per sequence; the rest is cut.  [default: the model's context, at most 4096]"),
+    ] = None,
+    packing: Annotated[bool, typer.Option(help="Put several rows into one sequence.")] = DEFAULT.packing,
+    dtype: Annotated[Dtype, typer.Option(help="Type of the frozen weights, as for train.")] = Dtype.auto,
+) -> None:
+    """Hold the fused model against float64 on a batch of the data, layer by layer. Trains nothing.
+
+    Exit status 1 if anything exceeds the error budget.
+    """
+    from .verify import verify as run
+
+    settings = Settings(
+        model=model, data=data, out="", batch_size=batch_size, max_length=max_length, packing=packing, dtype=dtype.value
+    )
+    if not run(settings, adapter, _console()):
+        raise typer.Exit(1)
+
+
+@app.command()
 def explain(
     model: Annotated[str, typer.Option(help="A model directory or a Hugging Face id.")],
     adapter: Annotated[

@@ -2,8 +2,7 @@
 
 from rich.console import Console
 
-from .errors import CommandError, first_line
-from .models import load_model
+from .models import load_adapter, load_model
 from .settings import Settings
 from .train import add_lora, quiet
 
@@ -19,11 +18,6 @@ def explain(model: str, adapter: str | None, console: Console) -> None:
         lora = add_lora(base, settings)
         console.print(f"No --adapter: LoRA rank {settings.rank} on {settings.targets}, as fastlora train makes it")
     else:
-        from peft import PeftModel
-
-        try:
-            lora = PeftModel.from_pretrained(base, adapter, is_trainable=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CommandError(f"cannot load the adapter {adapter!r}: {first_line(error)}") from None
+        lora = load_adapter(base, adapter)
     lora.train()
     console.print(str(fastlora.explain(fastlora.patch(lora))))

@@ -55,6 +55,16 @@ def load_model(name: str, dtype: str) -> Any:
         raise CommandError(f"cannot load the model {name!r}: {first_line(error)}") from None
 
 
+def load_adapter(base: Any, adapter: str) -> Any:
+    """`base` with the PEFT adapter of a directory or a Hub id, to be trained."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CommandError(f"cannot load the adapter {adapter!r}: {first_line(error)}") from None
+
+
 def resolve_dtype(dtype: str, config: Any) -> Any:
     """The torch dtype for `--dtype`. auto: bfloat16 on a GPU that has it, on a CPU where the model is stored so."""
     import torch

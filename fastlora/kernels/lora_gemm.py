@@ -204,8 +204,13 @@ def _columns(s, ranks):
 def _gemm_aten(x, w, s, b, bias, residual):
     y = []
     for wi, bi, si, bias_i in zip(w, b, _columns(s, [one.shape[1] for one in b]), bias, strict=True):
-        yi = x @ wi.t() if bias_i is None else torch.addmm(bias_i, x, wi.t())
-        y.append(yi.addmm_(si, bi.to(x.dtype).t()) if bi.shape[1] else yi)
+        # The small product first: what the wide one is added to is rounded at the size of the small one.
+        if bi.shape[1]:
+            bt = bi.to(x.dtype).t()
+            low = si @ bt if bias_i is None else torch.addmm(bias_i, si, bt)
+            y.append(low.addmm_(x, wi.t()))
+        else:
+            y.append(x @ wi.t() if bias_i is None else torch.addmm(bias_i, x, wi.t()))
     return y if residual is None else [residual + y[0]]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.tuners import lora as peft_lora
+from torch import nn
 
 from ..ops import Quantised, quantised
 from ..ops.dequantize_4bit import why_not_4bit
@@ -55,3 +57,26 @@ def why_not_input(weight: Quantised, x: torch.Tensor) -> str | None:
     if x.is_cuda and not torch.is_grad_enabled() and x.numel() <= FEW * x.shape[-1]:
         return f"at most {FEW} tokens: bitsandbytes' kernel does not dequantise the weight"
     return None
+
+
+def make_dense(module: nn.Module, dtype: torch.dtype) -> None:
+    """In place, every 4-bit layer within as the dense layer it stands for; dtype: of x, for those without one.
+
+    Raises:
+        ValueError: a quantised layer that has no dense form here.
+    """
+    for parent in list(module.modules()):
+        children: list[tuple[str, Any]] = list(parent.named_children())
+        for name, base in children:
+            if why_8bit(base):
+                raise ValueError(f"{name} is a {type(base).__name__}, whose products have no dense form")
+            if not is_4bit(base):
+                continue
+            weight = read(base, dtype)
+            if isinstance(weight, str):
+                raise ValueError(f"{name} is {weight}")
+            linear = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
+            linear.weight, linear.bias = nn.Parameter(weight.dense(), requires_grad=False), base.bias
+            setattr(parent, name, linear)
+        if is_peft_4bit(parent):
+            parent.__class__ = peft_lora.Linear

@@ -59,7 +59,7 @@ class _LoraGroup(torch.autograd.Function):
         ctx, x, up, norm_weight, residual, seeds, eps, dtype, carry, quantised, counts, a_scale, b_scale, rates, *params
     ):
         ops = torch.ops.fastlora
-        p = _per_projection(counts, params)
+        p, wide = _per_projection(counts, params), torch.promote_types(x.dtype, dtype)
         bias = [None if one is None else one.to(dtype) for one in p.bias]
         if norm_weight is None and up is None:
             x = x.to(dtype)
@@ -79,14 +79,14 @@ class _LoraGroup(torch.autograd.Function):
         if norm_weight is None and up is None and not any(need.a) and not any(need.w):
             x = None  # dx asks for the parameters alone, dB for s
         ctx.save_for_backward(x, up, norm_weight, rstd, s, *masks, *params)
-        ctx.static = eps, dtype, carry, quantised, counts, b_scale, len(masks), residual is not None
+        ctx.static = eps, dtype, carry, quantised, counts, b_scale, len(masks), residual is not None, wide
         return (*y, x) if carry else tuple(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         ops = torch.ops.fastlora
-        eps, dtype, carry, quantised, counts, b_scale, n_masks, has_residual = ctx.static
+        eps, dtype, carry, quantised, counts, b_scale, n_masks, has_residual, wide = ctx.static
         x, up, norm_weight, rstd, s, *rest = ctx.saved_tensors
         masks, params = rest[:n_masks], rest[n_masks:]
         p = _per_projection(counts, params)
@@ -106,11 +106,12 @@ class _LoraGroup(torch.autograd.Function):
         dx = dup = dnorm = n = None
         if need_input:
             if any(quantised):
-                dn = _gemm_t_one_by_one(dy, p.w, quantised, ds, p.a, masks, counts)
+                dn = _gemm_t_one_by_one(dy, p.w, quantised, ds, p.a, masks, counts, wide)
             else:
                 dn = ops.lora_gemm_t(dy, [one.to(dtype) for one in p.w], ds, p.a, masks)
             if norm_weight is not None:
                 dx, dnorm, n = ops.rms_norm_bwd(dn, x, norm_weight, rstd, dcarry, need_norm, need_n)
+                n = n.to(dtype)
             elif up is not None:
                 dx, dup, n = ops.swiglu_bwd(dn, x, up, need_n)
             else:
@@ -150,8 +151,8 @@ def _gemm_one_by_one(n, w, quantised, s, b, bias, residual):
     return y
 
 
-def _gemm_t_one_by_one(dy, w, quantised, ds, a, masks, counts):
-    """lora_gemm_t, a launch per projection; the parts of dx are added as autograd adds them."""
+def _gemm_t_one_by_one(dy, w, quantised, ds, a, masks, counts, dtype):
+    """lora_gemm_t, a launch per projection; the parts of dx are added as autograd adds them, in an x that is wider."""
     dx, first, columns = None, 0, ds.split([one.shape[0] for one in a], 1)
     for i, count in enumerate(counts):
         own = slice(first, first + count)
@@ -160,7 +161,7 @@ def _gemm_t_one_by_one(dy, w, quantised, ds, a, masks, counts):
         dense = [_dense(w[i], quantised[i], dy[i].dtype)]
         part = torch.ops.fastlora.lora_gemm_t([dy[i]], dense, dsi, a[own], masks[own])
         del dense
-        dx = part if dx is None else dx.add_(part)
+        dx = part.to(dtype) if dx is None else dx.add_(part)
     return dx
 
 

@@ -1,7 +1,7 @@
 """The C++ kernels against float64, under the instruction set FASTLORA_CPU_ISA names: python tests/csrc/parity.py.
 
 A script, because the instruction set is chosen once per process; test_isa.py runs it for each. It defines the schemas
-itself and imports nothing of fastlora. A kernel passes if it is no further from float64 than eager code in its dtype.
+itself and imports nothing of fastlora but the budget. A kernel passes if it is no further from float64 than eager code in its dtype.
 """
 
 import ctypes
@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from budget import Budget
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from fastlora.budget import Budget
 
 EXTENSION = Path(os.environ.get("FASTLORA_C", Path(__file__).parents[2] / "fastlora" / "_C.abi3.so"))
 SCHEMAS = """

@@ -211,3 +211,48 @@ def test_fp32_head_over_bf16_hidden_states():
             step(copy.deepcopy(one))
         with torch.autocast("cpu", BF16):
             assert torch.isfinite(step(one)["loss"])
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_verify(prepared):
+    """Against the dense weights; and the model is 4-bit again, its layers as they were."""
+    model = build(prepared=prepared, compute=BF16 if prepared else None)
+    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    before = [(m.compute_dtype, m.compute_type_is_set, m.weight.data.clone()) for m in layers]
+    with torch.autocast("cpu", BF16, enabled=prepared):
+        found = fastlora.verify(model, batch())
+    assert found.within, str(found)
+    assert not found.passed_through
+    for layer, (dtype, is_set, packed) in zip(layers, before, strict=True):
+        assert (layer.compute_dtype, layer.compute_type_is_set) == (dtype, is_set)
+        assert torch.equal(layer.weight.data, packed)
+
+
+def test_verify_finds_a_scale_of_another_block(monkeypatch):
+    dense_weight = fastlora.ops.Quantised.dense
+
+    def wrong(self, dtype=None):
+        return dense_weight(self, dtype) if self.shape[0] != 128 else dense_weight(self, dtype).roll(64, 0)
+
+    model = build()
+    # The witness has its weights before the kernel goes wrong.
+    from fastlora.patching import verifying
+
+    exact = verifying.exact
+
+    def sound(module, dtype):
+        with monkeypatch.context() as patched:
+            patched.setattr(fastlora.ops.Quantised, "dense", dense_weight)
+            return exact(module, dtype)
+
+    monkeypatch.setattr(verifying, "exact", sound)
+    monkeypatch.setattr(fastlora.ops.Quantised, "dense", wrong)
+    found = fastlora.verify(model, batch())
+    assert not found.within and any("layers.0.mlp" in check.module for check in found.exceeded)
+
+
+def test_verify_has_no_witness_for_8_bits():
+    model = llama(**SIZES)
+    to_8bit(model)
+    with pytest.raises(ValueError, match="q_proj is a Linear8bitLt, whose products have no dense form"):
+        fastlora.verify(model, batch())

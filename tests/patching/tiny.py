@@ -6,14 +6,13 @@ import copy
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from budget import FACTOR, ulp
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastlora
+from fastlora.patching.exact import InFloat64
 
 VOCAB = 101
 MANY = 16
@@ -83,25 +82,6 @@ def padded_step(model: nn.Module, seed: int = 0, side: str = "right") -> Tensors
     mask[1, slice(9, None) if side == "right" else slice(None, 4)] = 0
     found = step(model, seed, attention_mask=mask, labels=batch(seed)["labels"].masked_fill(mask == 0, -100))
     return found | {"logits": found["logits"][mask.bool()]}
-
-
-class InFloat64(TorchFunctionMode):
-    """Hugging Face's code as exact mathematics: what it computes in float32 is computed in float64.
-
-    Dropout draws its masks as it would for float32, so that a float64 copy drops what the model itself drops.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.float:
-            return args[0].double()
-        if function is F.dropout:
-            x, *rest = args
-            return x * F.dropout(torch.ones_like(x, dtype=torch.float32), *rest, **(kwargs or {})).double()
-
-        def wide(value):
-            return torch.float64 if value is torch.float32 else value
-
-        return function(*map(wide, args), **{key: wide(value) for key, value in (kwargs or {}).items()})
 
 
 def in_float64(model: nn.Module, run: Callable[[nn.Module, int], Tensors], seed: int) -> Tensors:

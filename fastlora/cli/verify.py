@@ -39,8 +39,6 @@ def verify(settings: Settings, adapter: str | None, console: Console) -> bool:
 
 def _batch(settings: Settings, rows: Rows, answers_only: bool, tokenizer: Any, config: Any) -> dict[str, Any]:
     """The first batch, tokenised, labelled and collated by TRL's SFTTrainer. It asks for a model: any will do."""
-    from types import SimpleNamespace
-
     from datasets import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTTrainer
@@ -52,7 +50,7 @@ def _batch(settings: Settings, rows: Rows, answers_only: bool, tokenizer: Any, c
     sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     standin = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
     with tempfile.TemporaryDirectory() as out:
-        arguments = _arguments(settings, rows, answers_only, SimpleNamespace(config=config))
+        arguments = _arguments(settings, rows, answers_only, config)
         arguments.output_dir = out
         try:
             data = Dataset.from_list(rows.rows)

@@ -82,7 +82,7 @@ def _estimate(settings: Settings, config: Any, tokens: int, length: int) -> dict
         memory = "lean"
     else:
         memory = "fast" if settings.memory == "fast" else "auto"
-    engine = "fsdp2" if ranks.sharded() else "ddp"
+    engine = "fsdp2" if ranks.engine() else "ddp"
     try:
         made = plan(
             config, max(tokens, 1), "auto", gpus=ranks.world_size(), engine=engine if ranks.world_size() > 1 else None,

@@ -23,6 +23,7 @@ if not INTERPRET:
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle, _get_np_dtype
 
+from fastlora.kernels import dequantize_4bit as dequantize
 from fastlora.kernels import dropout, linear_cross_entropy, rms_norm, rope, swiglu
 from fastlora.kernels import flash_attention as attention
 from fastlora.kernels import lora_gemm as gemm
@@ -177,6 +178,15 @@ def attend_backward(q):
     attention.flash_attention_bwd(q, q, q, q, q, lse, None, None, 0.1, True, None)
 
 
+def dequantise(n):
+    """The bytes, too, are more than 2³¹."""
+    packed, absmax = meta((n + 1) // 2, dtype=torch.uint8), meta(-(-n // 64), dtype=torch.uint8)
+    code, absmax2, code2 = (meta(size, dtype=torch.float32) for size in (16, -(-len(absmax) // 256), 256))
+    dequantize.dequantize_4bit(
+        packed, absmax, code, absmax2, code2, meta(dtype=torch.float32), 64, 256, n, torch.bfloat16
+    )
+
+
 LAUNCHES = {
     "rms_norm_fwd": lambda: rms_norm.rms_norm_fwd(X, NORM, 1e-6),
     "rms_norm_bwd": lambda: rms_norm.rms_norm_bwd(X, X, NORM, RSTD, X, False, True),
@@ -186,6 +196,7 @@ LAUNCHES = {
     "rope of rows": lambda: rotate(meta(5, 32, 2**17, 128)),
     "swiglu_fwd": lambda: swiglu.swiglu_fwd(X, X),
     "swiglu_bwd": lambda: swiglu.swiglu_bwd(X, X, X, True),
+    "dequantize_4bit": lambda: dequantise(2 * FAR + 5),
     "dropout_mask": lambda: dropout.dropout_mask(meta(8 * M, K), torch.tensor(1), 0.5),
     "lora_project": lambda: project.lora_project(X, [A, A], [1.0, 1.0], [MASK, None]),
     "rms_norm_project": lambda: project.rms_norm_project(X, NORM, 1e-6, [A], [1.0], [MASK], torch.bfloat16),

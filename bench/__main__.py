@@ -5,6 +5,7 @@
     python -m bench train_step            whole-model training steps, all providers
     python -m bench saved_bytes           bytes kept for backward, per token and layer
     python -m bench launches              kernels per layer and step; bytes moved outside the big products (traffic)
+    python -m bench tune                  tiles and libraries against each other, per kernel call
     python -m bench report                Markdown tables and plots of what was measured
     python -m bench compare A B           was B slower than A? exit status 1 if so
     python -m bench gpu                   the nine-minute pass over one GPU
@@ -62,7 +63,7 @@ def _load(module: str):
 
 
 _COMMANDS = {"ops": _ops} | {
-    name: _load(name) for name in ("train_step", "saved_bytes", "launches", "report", "compare", "gpu")
+    name: _load(name) for name in ("train_step", "saved_bytes", "launches", "tune", "report", "compare", "gpu")
 }
 _COMMANDS["traffic"] = _COMMANDS["launches"]
 

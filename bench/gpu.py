@@ -2,8 +2,8 @@
 
 Each stage is a process with a time limit of its own; one that fails or runs out of time loses nobody else's results,
 nor its own up to there. Everything goes to the folder that OUT names (default bench/results/<machine>): results.jsonl
-as it is measured, log.txt, report.md and plots. Needs torch, triton, transformers, peft and accelerate; matplotlib for
-the plots, pytest for the tests. No network.
+as it is measured, tuning.json with rows.txt and tuning.md, log.txt, report.md and plots. Needs torch, triton,
+transformers, peft and accelerate; matplotlib for the plots, pytest for the tests. No network.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ _REPORT = 25.0  # of them, kept for the report
 
 
 class Stage(NamedTuple):
-    """A command of ``python -m``, and the most seconds it may take."""
+    """A command of ``python -m``, the most seconds it may take, and what it adds to the environment."""
 
     name: str
     seconds: float
     command: list[str]
+    environment: dict[str, str] = {}  # noqa: RUF012  a NamedTuple's default is never written to
 
 
 def stages(results: Path, rehearse: bool) -> list[Stage]:
@@ -48,8 +49,15 @@ def stages(results: Path, rehearse: bool) -> list[Stage]:
             60,
             ["bench", *into, *quick, "--dtype", "bfloat16,float16,float32", "--providers", "eager,fastlora"],
         ),
+        # The very tiles and instructions of an A100, on whatever GPU this is.
+        Stage(
+            "parity of the A100's code",
+            45,
+            ["bench", "lora_gemm", "lora_group", "attention", *into, *quick, "--providers", "eager,fastlora"],
+            {"TRITON_OVERRIDE_ARCH": "sm80"},
+        ),
         *_tests(),
-        *_tuning(),
+        Stage("tuning", 80, ["bench", "tune", *into, "--seconds", "0.2", *(["--quick"] if rehearse else [])]),
         Stage("lora_gemm", 90, ops("lora_gemm", "lora_skinny")),
         Stage("train_step", 150, ["bench", "train_step", *into, *step]),
         Stage("attention", 50, ops("attention")),
@@ -71,15 +79,6 @@ def _tests() -> list[Stage]:
     return [Stage("tests", 110, ["pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider", "tests/ops"])]
 
 
-def _tuning() -> list[Stage]:
-    """``fastlora tune`` where this version has it."""
-    import importlib.util
-
-    if importlib.util.find_spec("fastlora.cli.tune") is None:
-        return []
-    return [Stage("tuning", 60, ["fastlora.cli", "tune"])]
-
-
 def run(stage: Stage, seconds: float, log: Path) -> str:
     """Run a stage for at most ``seconds``; its output goes to the log and its end here, and the verdict is returned."""
     start = time.monotonic()
@@ -89,6 +88,7 @@ def run(stage: Stage, seconds: float, log: Path) -> str:
         "HF_HUB_OFFLINE": "1",
         "FASTLORA_TEST_DEVICE": "cuda",
         "PYTHONDONTWRITEBYTECODE": "1",
+        **stage.environment,
     }
     with log.open("a") as file:
         file.write(f"\n=== {stage.name}: python -m {' '.join(stage.command)}\n")

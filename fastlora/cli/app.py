@@ -219,3 +219,38 @@ def plan(
         print(planned.to_json(made))
     else:
         planned.show(made, _console())
+
+
+def tune(
+    model: Annotated[str, typer.Option(help="7b, 13b, 34b, 70b; several with commas.")] = "7b",
+    tokens: Annotated[str, typer.Option(help="Tokens of a forward, batch × length; several with commas.")] = "4096",
+    rank: Annotated[int, typer.Option(min=1, max=512, help="LoRA rank.")] = DEFAULT.rank,
+    dropout: Annotated[bool, typer.Option("--dropout", help="The kernels of LoRA dropout.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Also what was measured before.")] = False,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Time to spend on each call.")] = 0.5,
+    rows: Annotated[bool, typer.Option("--rows", help="Only print what was measured, as rows to commit.")] = False,
+    screen: Annotated[bool, typer.Option("--screen", help="Compile and rank instead. Needs no GPU.")] = False,
+    arch: Annotated[str, typer.Option(help="With --screen: sm_80, sm_86, sm_89, sm_90 or sm_100.")] = "sm_80",
+    kernels: Annotated[str | None, typer.Option(help="With --screen: only these.  [default: all]")] = None,
+) -> None:
+    """Find the fastest tiles, and where a library is faster, for the GPU at hand.
+
+    What is found is kept in tuning.json in $FASTLORA_CACHE_DIR, and used from the next start on.
+    """
+    from . import tune as run
+
+    if screen:
+        run.screened(arch, kernels, _console())
+    elif rows:
+        run.commit_rows(_console())
+    else:
+        run.measured(model, tokens, rank, dropout, again, seconds, _console())
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what runs where, and whether it is right. Exit status 1 if not all is well."""
+    from .doctor import doctor as run
+
+    if not run(_console()):
+        raise typer.Exit(1)

@@ -42,7 +42,13 @@ def path() -> Path:
 
 def environment(device: torch.device, arch: int) -> str:
     """What a measurement holds for: GPU, driver, torch, triton and fastlora."""
-    return _environment(torch.cuda.get_device_name(device), arch)
+    return _environment(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, arch)
+
+
+def parts(of_environment: str) -> dict[str, str]:
+    """An environment's GPU and versions, by name."""
+    gpu, *software = of_environment.split(", ")
+    return {"gpu": gpu} | dict(one.split(" ", 1) for one in software)
 
 
 @functools.lru_cache
@@ -78,12 +84,12 @@ def entries(of_environment: str) -> Mapping[str, Entry]:
 
 def read() -> Entries:
     """Everything in the file, {} where there is none. A file that is not ours is set aside."""
-    found, why = _load()
+    found, why = inspect()
     if why:
         try:
             with _locked():
                 # Another process may have set it aside, and written a good one, while this one waited.
-                found, why = _load()
+                found, why = inspect()
                 if why:
                     _set_aside(why)
         except OSError as error:
@@ -91,8 +97,8 @@ def read() -> Entries:
     return found
 
 
-def _load() -> tuple[Entries, str | None]:
-    """The entries, and what is wrong with the file."""
+def inspect() -> tuple[Entries, str | None]:
+    """The entries, and what is wrong with the file; nothing is moved."""
     try:
         content = json.loads(path().read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -138,9 +144,9 @@ def store(of_environment: str, measured: Mapping[str, Entry]) -> bool:
     read()  # sets a bad file aside
     try:
         with _locked():
-            found, _ = _load()
+            found, _ = inspect()
             found.setdefault(of_environment, {}).update(measured)
-            _replace({"fastlora_tuning": FORMAT, "entries": found})
+            write(path(), {"fastlora_tuning": FORMAT, "entries": found})
     except OSError as error:
         _LOG.warning("%s cannot be written (%s): what was measured is not kept.", path(), error)
         return False
@@ -148,14 +154,16 @@ def store(of_environment: str, measured: Mapping[str, Entry]) -> bool:
     return True
 
 
-def _replace(content: Any) -> None:
-    temporary = path().with_name(f".tuning.json.{os.getpid()}")
+def write(file_: Path, content: Any) -> None:
+    """Put JSON in the place of a file, whole or not at all."""
+    file_.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file_.with_name(f".{file_.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             json.dump(content, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path())
+        os.replace(temporary, file_)
     finally:
         temporary.unlink(missing_ok=True)
 

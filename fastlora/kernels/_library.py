@@ -62,6 +62,10 @@ def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+# By operator: the Triton launcher and the ATen composition, as they were registered.
+implementations: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+
+
 def _with_fallback(launcher: Callable[..., Any], aten: Callable[..., Any]) -> Callable[..., Any]:
     """The launcher; again with the next candidate where a tile does not run here; the composition when none is left."""
 
@@ -87,8 +91,10 @@ def register(schema: str, *, triton: Callable[..., Any], aten: Callable[..., Any
         aten: composition for the CPU key where csrc has no kernel of that name.
         fake: returns empty outputs of the right shapes, dtypes and strides, for tracing.
     """
+    name = schema.partition("(")[0]
+    implementations[name] = triton, aten
     triton, aten = _outside_autocast(_with_fallback(triton, aten)), _outside_autocast(aten)
-    name = _library.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    _library.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
     _library.impl(name, triton, "CUDA")
     if INTERPRET:
         _library.impl(name, triton, "CPU")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 SCREENED = "screened"
-_ANY = 1 << 62
+ANY = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class Row:
     arch: int
     tile: Tile
     method: str = "triton"
-    m: int = _ANY
-    n: int = _ANY
-    r: int = _ANY
+    m: int = ANY
+    n: int = ANY
+    r: int = ANY
     provenance: str | Measured = field(default=SCREENED)
 
 

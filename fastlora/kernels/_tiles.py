@@ -76,7 +76,10 @@ class LaunchFailed(RuntimeError):
 
 
 class NothingLeft(Exception):
-    """No tile of a kernel runs on this GPU: its ATen composition serves."""
+    """Not the Triton kernel but its ATen composition serves: no tile runs here, or it was measured to be faster."""
+
+
+ATEN, _FORCED = "aten", "forced"
 
 
 def family(kernel: str) -> str:
@@ -113,14 +116,19 @@ def choose(kernel: str, like: torch.Tensor, *, m: int = 0, n: int = 0, k: int = 
 
     Raises:
         ValueError: a FASTLORA_* variable has a value that is none of its methods.
-        NothingLeft: every tile has failed before.
+        NothingLeft: the ATen composition is the choice, or every tile has failed before.
     """
     if kernel in _forced:
-        return Choice(Call(kernel, like.dtype, like.device, m, n, k, r, p), *_forced[kernel], "forced")
-    variable = _VARIABLES.get(kernel)
-    value = os.environ.get(variable) if variable else None
-    override = os.environ.get("TRITON_OVERRIDE_ARCH")
-    return _choose(kernel, like.dtype, like.device, m, n, k, r, p, value, override, _arch[-1] if _arch else None)
+        choice = Choice(Call(kernel, like.dtype, like.device, m, n, k, r, p), *_forced[kernel], _FORCED)
+    else:
+        variable = _VARIABLES.get(kernel)
+        value = os.environ.get(variable) if variable else None
+        override = os.environ.get("TRITON_OVERRIDE_ARCH")
+        assumed = _arch[-1] if _arch else None
+        choice = _choose(kernel, like.dtype, like.device, m, n, k, r, p, value, override, assumed)
+    if choice.method == ATEN:
+        raise NothingLeft(kernel)
+    return choice
 
 
 # What the answer depends on is an argument, so that it is remembered with it.
@@ -191,6 +199,8 @@ def _measured(call: Call) -> Choice | None:
 def give_up(failure: LaunchFailed) -> None:
     """Leave the choice that failed out for the rest of the process, and say what serves instead."""
     choice = failure.choice
+    if choice.source == _FORCED:
+        raise failure
     call = choice.call
     _broken.add((_row_name(call), call.device, choice.method, choice.tile))
     _choose.cache_clear()

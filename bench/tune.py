@@ -1,0 +1,87 @@
+"""Tiles and libraries against each other for the calls of a Llama's training step, into tuning.json and rows.txt.
+
+What `fastlora tune` does, for machines that have none of its command line's packages. A line of results per call:
+our best tile and the library's best way, whichever wins.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastlora.kernels import _cache, _tiles
+from fastlora.tuning import calls, measure, rows, screen
+from fastlora.tuning.aot import SHARED_LIMIT
+
+from . import report
+from .cli import common_options, new_parser, open_sink
+
+HEAD = ("kernel", "M", "N", "K", "R", "Triton ms", "tile", "library ms", "library", "Triton / library")
+
+
+def main(argv: list[str]) -> int:
+    parser = new_parser("tune", __doc__)
+    parser.add_argument("--model", default="7b", help="among 7b, 13b, 34b, 70b; several with commas")
+    parser.add_argument("--tokens", default="4096", help="several with commas")
+    parser.add_argument("--rank", default="16", help="several with commas")
+    parser.add_argument("--seconds", type=float, default=0.4, help="time for each call (default 0.4)")
+    parser.add_argument("--tiles", type=int, default=6, help="of every call that are timed, beside the shipped ones")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: does everything run?")
+    common_options(parser)
+    args = parser.parse_args(argv)
+    sink = open_sink(args, "tune")
+    folder = Path(args.append).parent if args.append else sink.path.parent
+    os.environ["FASTLORA_CACHE_DIR"] = str(folder)
+    device = torch.device(args.device)
+    arch = _tiles.arch(device)
+    environment = _cache.environment(device, arch)
+    wanted = _wanted(args, device)
+    tiles: dict[Any, Any] = {}
+    if device.type == "cuda" and arch in SHARED_LIMIT:
+        tiles = screen.best_tiles(wanted, arch, args.tiles, _say)
+    done = []
+    for call, entry in measure.tune(
+        wanted, environment, again=True, measure=lambda call: measure.measure(call, args.seconds, tiles.get(call, ()))
+    ):
+        done.append((call, entry))
+        for line in _records(call, entry):
+            sink.write(line)
+        # Whole after every call: this may be stopped at any time.
+        (folder / "tuning.md").write_text(f"{environment}\n\n{report.table(HEAD, list(rows.table(done)))}\n")
+        lines = map(rows.source, rows.of_environment(environment, _cache.entries(environment)))
+        (folder / "rows.txt").write_text("\n".join(lines) + "\n")
+    return 0
+
+
+def _wanted(args: Any, device: torch.device) -> list[_tiles.Call]:
+    if args.quick:
+        tiny = calls.Model(64, 176, 4, 2)
+        return calls.of_model(tiny, 32, 8, args.dtype[0], device)
+    return list(
+        dict.fromkeys(
+            call
+            for model in args.model.split(",")
+            for tokens in args.tokens.split(",")
+            for rank in args.rank.split(",")
+            for call in calls.of_model(calls.MODELS[model], int(tokens), int(rank), args.dtype[0], device)
+        )
+    )
+
+
+def _say(done: int, total: int, at: str) -> None:
+    if done % 50 == 0 or done == total:
+        print(f"{done} of {total} compiled {at}", flush=True)
+
+
+def _records(call: _tiles.Call, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One per candidate: its time, or why it was refused."""
+    shape = {name: size for name, size in zip("MNKRP", call[3:], strict=True) if size}
+    common = {"bench": "tune", "op": call.kernel, "shape": shape, "dtype": str(call.dtype)[6:]}
+    for name, ms in entry["all"].items():
+        yield common | {"provider": name, "graph_ms": {"median": ms}}
+    for name, why in entry["refused"].items():
+        yield common | {"provider": name, "why": why}

@@ -1,0 +1,252 @@
+"""`fastlora doctor`: what is installed, what runs where, whether it is right, and what to do about what is not."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from fastlora import ops
+
+from ..kernels import _cache, _library, _rows, _tiles
+from .errors import first_line
+from .report import versions
+
+_WIDTH = 92
+
+
+class Finding(NamedTuple):
+    """One line: a name, what was found, and what to do about it; None where it is well."""
+
+    name: str
+    found: str
+    remedy: str | None = None
+
+
+def doctor(console: Console) -> bool:
+    """Print every finding; whether all is well."""
+    well = True
+    for title, findings in (("Versions", _versions), ("Machine", _machine), ("Kernels", _kernels), ("Parity", _parity)):
+        console.print(f"[bold]{title}[/bold]", markup=True)
+        for finding in findings():
+            well &= finding.remedy is None
+            _show(console, finding)
+    console.print("\nAll is well." if well else "\nNot all is well: see the lines marked ✗.")
+    return well
+
+
+def _show(console: Console, finding: Finding) -> None:
+    mark, colour = ("✓", "green") if finding.remedy is None else ("✗", "red")
+    lines = textwrap.wrap(finding.found, _WIDTH - 23, break_on_hyphens=False) or [""]
+    console.print(f"  [{colour}]{mark}[/{colour}] {finding.name:18s} {escape(lines[0])}", markup=True)
+    more = [*lines[1:], *(textwrap.wrap(f"→ {finding.remedy}", _WIDTH - 23) if finding.remedy else [])]
+    for line in more:
+        console.print(f"{'':23s}{line}")
+
+
+_LEAST = {"torch": (2, 11), "triton": (3, 6), "transformers": (4, 57), "peft": (0, 18)}
+
+
+def _versions() -> Iterator[Finding]:
+    for name, found in versions().items():
+        least = _LEAST.get(name)
+        if found is None:
+            needed = name in _LEAST and (name != "triton" or torch.cuda.is_available())
+            yield Finding(name, "not installed", f"pip install {name}" if needed else None)
+        elif least and tuple(int(part) for part in found.split(".")[:2]) < least:
+            yield Finding(name, found, f"pip install '{name}>={least[0]}.{least[1]}'")
+        else:
+            yield Finding(name, found)
+
+
+def _machine() -> Iterator[Finding]:
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        yield Finding("GPU", f"none that PyTorch {torch.__version__} sees; the C++ kernels run on the CPU")
+        if built and os.path.exists("/proc/driver/nvidia/version"):
+            yield Finding(
+                "CUDA", f"PyTorch is built for CUDA {built}, and a driver is there",
+                "the driver may be too old for it, or CUDA_VISIBLE_DEVICES hides the GPU: nvidia-smi tells",
+            )  # fmt: skip
+    for i in range(torch.cuda.device_count()):
+        device = torch.device("cuda", i)
+        properties = torch.cuda.get_device_properties(device)
+        arch = _tiles.arch(device)
+        yield Finding(
+            f"GPU {i}", f"{properties.name}, sm_{arch}, {properties.total_memory / 2**30:.0f} GB",
+            None if arch >= 80 else "Triton's bf16 products need sm_80 or later: use fp16, or a newer GPU",
+        )  # fmt: skip
+        own = sum(row.arch == arch for row in _rows.ROWS)
+        measured = sum(row.arch == arch and isinstance(row.provenance, _rows.Measured) for row in _rows.ROWS)
+        kept = len(_cache.entries(_cache.environment(device, arch)))
+        yield Finding(
+            f"rows of GPU {i}",
+            f"{own} of sm_{arch} ({measured} measured), the default's for the rest; {kept} calls measured here"
+            + ("" if kept else ". To measure: fastlora tune"),
+        )
+    forced = [name for name in os.environ if name.startswith("FASTLORA_") or name.startswith("TRITON_")]
+    yield Finding("environment", ", ".join(f"{name}={os.environ[name]}" for name in sorted(forced)) or "nothing set")
+    yield _cache_state()
+
+
+def _cache_state() -> Finding:
+    path, name = _cache.path(), "tuning cache"
+    _, why = _cache.inspect()
+    if why:
+        return Finding(name, f"{path}: {why}", f"rm {path}")
+    where = path.parent
+    while not where.exists():
+        where = where.parent
+    if not os.access(where, os.W_OK):
+        return Finding(name, f"{path}: {where} cannot be written", "set FASTLORA_CACHE_DIR to a folder of yours")
+    if not path.exists():
+        return Finding(name, f"{path}: not there yet; the shipped rows serve")
+    return Finding(name, f"{path}: {sum(map(len, _cache.inspect()[0].values()))} calls")
+
+
+def _kernels() -> Iterator[Finding]:
+    state = _library.csrc_state
+    wanted = state == "loaded" or torch.cuda.is_available() or state.startswith("not loaded: ")
+    yield Finding("csrc", state, None if wanted else f"without it the CPU path is slow: {_library.BUILD_COMMAND}")
+    by: dict[str, list[str]] = {}
+    for name in _library.implementations:
+        by.setdefault(_library.runs_on_cpu(name), []).append(name)
+    for where, names in by.items():
+        yield Finding(f"CPU: {where}", f"{len(names)} operators")
+    counts = {"screened": 0, "measured": 0}
+    for row in _rows.ROWS:
+        counts["measured" if isinstance(row.provenance, _rows.Measured) else "screened"] += 1
+    yield Finding("shipped rows", f"{counts['screened']} screened, {counts['measured']} measured")
+
+
+def _parity() -> Iterator[Finding]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16
+    yield Finding(
+        "bound", f"rms error ≤ 4 · {torch.finfo(dtype).eps / 2:.2g} of the rms of float64's, in bf16 on {device}"
+    )
+    for name, check in CHECKS.items():
+        generator = torch.Generator().manual_seed(0)
+
+        def new(*shape: int, generator: torch.Generator = generator) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+
+        try:
+            error, allowed = _error(*check(new))
+        except Exception as raised:  # whatever it is, the other checks are wanted too
+            yield Finding(name, f"{type(raised).__name__}: {first_line(raised)}", _REPORT)
+            continue
+        yield Finding(name, f"{error:.1e}", None if error <= allowed else f"more than {allowed:.1e}. {_REPORT}")
+
+
+_REPORT = "report it, with the output of this command, where you got fastlora from"
+Check = tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor], list[torch.Tensor]]
+
+
+def _error(ours: Callable[..., Any], truth: Callable[..., Any], inputs: list[torch.Tensor]) -> tuple[float, float]:
+    """The largest relative rms error of the output and of the gradients, and the bound: 4 unit roundoffs of bf16.
+
+    One rounding of each operand that a fused op makes on its way, of the result, of the incoming gradient's products
+    and of the gradient: four in the deepest, each at most u relative to the rms.
+    """
+    doubles = [t.detach().double().requires_grad_() for t in inputs]
+    out, expected = ours(*inputs), truth(*doubles)
+    incoming = torch.linspace(-1, 1, expected.numel(), device=expected.device).view_as(expected).to(out.dtype)
+    got = [out, *torch.autograd.grad(out, inputs, incoming)]
+    want = [expected, *torch.autograd.grad(expected, doubles, incoming.double())]
+    errors = [
+        ((a.double() - b).square().mean().sqrt() / b.square().mean().sqrt()).item()
+        for a, b in zip(got, want, strict=True)
+    ]
+    # NaN is no error that is small.
+    worst = max(errors, key=lambda e: float("inf") if e != e else e)
+    return worst if worst == worst else float("inf"), 4 * torch.finfo(torch.bfloat16).eps / 2
+
+
+def _rms_norm(new: Callable[..., torch.Tensor]) -> Any:
+    def truth(x, w):
+        return w * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+    return lambda x, w: ops.rms_norm(x, w, 1e-6), truth, [new(8, 64), new(64)]
+
+
+def _swiglu(new: Callable[..., torch.Tensor]) -> Any:
+    return ops.swiglu, lambda gate, up: torch.nn.functional.silu(gate) * up, [new(8, 64), new(8, 64)]
+
+
+def _rope(new: Callable[..., torch.Tensor]) -> Any:
+    angles = torch.arange(8, dtype=torch.float64)[:, None] * 0.1 ** torch.arange(16, dtype=torch.float64) + 0.3
+    q = new(1, 2, 8, 32)
+    cos, sin = (f(angles).repeat(1, 2)[None].to(q.device, q.dtype) for f in (torch.cos, torch.sin))
+
+    def truth(x):
+        half = torch.cat((-x[..., 16:], x[..., :16]), -1)
+        return x * cos.double()[:, None] + half * sin.double()[:, None]
+
+    return lambda x: ops.rope(x, x, cos, sin)[0], truth, [q]
+
+
+def _lora_linear(new: Callable[..., torch.Tensor]) -> Any:
+    def truth(x, w, a, b):
+        return x @ w.t() + 2 * (x @ a.t()) @ b.t()
+
+    inputs = [new(16, 64), new(48, 64), new(8, 64), new(48, 8)]
+    return lambda x, w, a, b: ops.lora_linear(x, w, a, b, 2.0), truth, inputs
+
+
+def _lora_group(new: Callable[..., torch.Tensor]) -> Any:
+    def ours(x, norm, w, a, b):
+        projection = ops.Projection(w, None, (ops.Branch(a, b, 2.0),))
+        return ops.lora_group(x, [projection], norm_weight=norm, eps=1e-6)[0]
+
+    def truth(x, norm, w, a, b):
+        n = norm * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        return n @ w.t() + 2 * (n @ a.t()) @ b.t()
+
+    return ours, truth, [new(16, 64), new(64), new(48, 64), new(8, 64), new(48, 8)]
+
+
+def _swiglu_lora(new: Callable[..., torch.Tensor]) -> Any:
+    def ours(gate, up, w, a, b):
+        return ops.swiglu_lora(gate, up, ops.Projection(w, None, (ops.Branch(a, b, 2.0),)))
+
+    def truth(gate, up, w, a, b):
+        h = torch.nn.functional.silu(gate) * up
+        return h @ w.t() + 2 * (h @ a.t()) @ b.t()
+
+    return ours, truth, [new(16, 64), new(16, 64), new(48, 64), new(8, 64), new(48, 8)]
+
+
+def _flash_attention(new: Callable[..., torch.Tensor]) -> Any:
+    def truth(q, k, v):
+        hidden = torch.ones(32, 32, dtype=torch.bool, device=q.device).triu(1)
+        return ((q @ k.mT) / 8).masked_fill(hidden, float("-inf")).softmax(-1) @ v
+
+    return lambda q, k, v: ops.flash_attention(q, k, v), truth, [new(1, 2, 32, 64) for _ in range(3)]
+
+
+def _linear_cross_entropy(new: Callable[..., torch.Tensor]) -> Any:
+    x, w = new(16, 64), new(96, 64)
+    labels = torch.arange(16, device=x.device)
+
+    def truth(x, w):
+        return torch.nn.functional.cross_entropy(x @ w.t(), labels)
+
+    return lambda x, w: ops.linear_cross_entropy(x, w, labels), truth, [x, w]
+
+
+CHECKS: dict[str, Callable[..., Any]] = {
+    "rms_norm": _rms_norm,
+    "swiglu": _swiglu,
+    "rope": _rope,
+    "lora_linear": _lora_linear,
+    "lora_group": _lora_group,
+    "swiglu_lora": _swiglu_lora,
+    "flash_attention": _flash_attention,
+    "linear_cross_entropy": _linear_cross_entropy,
+}

@@ -1,0 +1,252 @@
+"""The kernel calls of a Llama 2 training step: which there are, their operands, and what they compute in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import ops  # noqa: F401  registers the operators
+from ..kernels._library import implementations
+from ..kernels._tiles import Call
+
+New = Callable[..., torch.Tensor]
+
+
+class Model(NamedTuple):
+    """Sizes of a Llama: hidden, ffn, query and key-value heads."""
+
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+
+MODELS = {
+    "7b": Model(4096, 11008, 32, 32),
+    "13b": Model(5120, 13824, 40, 40),
+    "34b": Model(8192, 22016, 64, 8),
+    "70b": Model(8192, 28672, 64, 8),
+}
+TOKENS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+RANKS = (8, 16, 64, 128)
+VOCAB = 32000
+
+
+def of_model(
+    model: Model, tokens: int, rank: int, dtype: torch.dtype, device: torch.device, dropout: bool = False
+) -> list[Call]:
+    """Every call of a layer's step, forward and backward, with LoRA of one rank on all seven projections."""
+    H, F, kv = model.hidden, model.ffn, model.kv_heads * model.head_dim
+    # q, k, v; o; gate, up; down: the columns of all projections together, the reduction, how many they are.
+    groups = ((H + 2 * kv, H, 3, "rms_norm"), (H, H, 1, "lora"), (2 * F, H, 2, "rms_norm"), (H, F, 1, "swiglu"))
+    dropped = "_dropout" if dropout else ""
+    found = []
+    for n, k, p, producer in groups:
+        ranks = {"r": p * rank, "p": p}
+        found += [
+            (f"{producer}_project{dropped}", {"k": k, **ranks}),
+            ("lora_gemm", {"n": n, "k": k, **ranks}),
+            ("lora_project_t", {"k": n, **ranks}),
+            (f"lora_gemm_t{dropped}", {"n": k, "k": n, **ranks}),
+            (f"lora_reduce{dropped}", {"n": k, **ranks}),
+            ("lora_reduce_t", {"n": n, **ranks}),
+        ]
+    found += [("swiglu", {"n": tokens * F}), ("cross_entropy", {"n": VOCAB})]
+    calls = [Call(kernel, dtype, device, **({"m": tokens} if kernel != "swiglu" else {}), **s) for kernel, s in found]
+    return list(dict.fromkeys(calls))
+
+
+def _parts(total: int, p: int) -> list[int]:
+    """Columns of p projections that are ``total`` together: as q, k and v are, the first the widest."""
+    rest = total // p // 64 * 64 or total // p
+    return [total - (p - 1) * rest, *[rest] * (p - 1)]
+
+
+class Kernel(NamedTuple):
+    """An operator, its arguments for a call, and what it computes.
+
+    Attributes:
+        op: its name under torch.ops.fastlora.
+        arguments: makes them; called with the call and with new(*shape, dtype=None, scale=1.0).
+        truth: the outputs in float64, from the arguments.
+    """
+
+    op: str
+    arguments: Callable[[Call, New], tuple[Any, ...]]
+    truth: Callable[..., list[torch.Tensor]]
+
+    @property
+    def launcher(self) -> Callable[..., Any]:
+        return implementations[self.op][0]
+
+
+def _masks(call: Call, new: New, columns: int) -> list[torch.Tensor | None]:
+    if "dropout" not in call.kernel:
+        return [None] * call.p
+    return [new(call.m, -(-columns // 8), dtype=torch.uint8)] * call.p
+
+
+def _gemm_arguments(c: Call, new: New) -> tuple[Any, ...]:
+    N, r = _parts(c.n, c.p), c.r // c.p
+    w = [new(n, c.k, scale=c.k**-0.5) for n in N]
+    b = [new(n, r, dtype=torch.float32, scale=r**-0.5) for n in N]
+    residual = new(c.m, c.n) if c.p == 1 else None
+    return new(c.m, c.k), w, new(c.m, c.r), b, [None] * c.p, residual
+
+
+def _gemm_truth(x, w, s, b, bias, residual):
+    y = [
+        _d(x) @ _d(wi).t() + _d(si) @ _d(bi).t()
+        for wi, si, bi in zip(w, s.split(s.shape[1] // len(w), 1), b, strict=True)
+    ]
+    return y if residual is None else [y[0] + _d(residual)]
+
+
+def _gemm_t_arguments(c: Call, new: New) -> tuple[Any, ...]:
+    K, r = _parts(c.k, c.p), c.r // c.p
+    a = [new(r, c.n, dtype=torch.float32, scale=r**-0.5) for _ in K]
+    w = [new(k, c.n, scale=c.k**-0.5) for k in K]
+    return [new(c.m, k) for k in K], w, new(c.m, c.r), a, _masks(c, new, c.n)
+
+
+def _gemm_t_truth(dy, w, ds, a, masks):
+    total = torch.zeros((), dtype=torch.float64, device=ds.device)
+    for dyi, wi, dsi, ai, mask in zip(dy, w, ds.split(a[0].shape[0], 1), a, masks, strict=True):
+        total = total + _d(dyi) @ _d(wi) + _dropped(_d(dsi) @ _d(ai), mask)
+    return [total]
+
+
+def _adapters(c: Call, new: New) -> list[torch.Tensor]:
+    return [new(c.r // c.p, c.k, dtype=torch.float32, scale=c.k**-0.5) for _ in range(c.p)]
+
+
+def _project_arguments(c: Call, new: New) -> tuple[Any, ...]:
+    return new(c.m, c.k), _adapters(c, new), [2.0] * c.p, _masks(c, new, c.k)
+
+
+def _rms_norm_project_arguments(c: Call, new: New) -> tuple[Any, ...]:
+    x, weight = new(c.m, c.k), new(c.k)
+    return x, weight, 1e-5, _adapters(c, new), [2.0] * c.p, _masks(c, new, c.k), x.dtype
+
+
+def _swiglu_project_arguments(c: Call, new: New) -> tuple[Any, ...]:
+    return new(c.m, c.k), new(c.m, c.k), _adapters(c, new), [2.0] * c.p, _masks(c, new, c.k)
+
+
+def _project_truth(x, a, scale, masks):
+    return [torch.cat([f * _dropped(_d(x), mask) @ _d(ai).t() for ai, f, mask in zip(a, scale, masks, strict=True)], 1)]
+
+
+def _rms_norm_project_truth(x, weight, eps, a, scale, masks, dtype):
+    rstd = torch.rsqrt(_d(x).square().mean(1) + eps)
+    n = _d(weight) * _d(x) * rstd[:, None]
+    return [n, rstd, *_project_truth(n, a, scale, masks)]
+
+
+def _swiglu_project_truth(gate, up, a, scale, masks):
+    h = torch.nn.functional.silu(_d(gate)) * _d(up)
+    return [h, *_project_truth(h, a, scale, masks)]
+
+
+def _project_t_arguments(c: Call, new: New) -> tuple[Any, ...]:
+    K, r = _parts(c.k, c.p), c.r // c.p
+    b = [new(k, r, dtype=torch.float32, scale=k**-0.5) for k in K]
+    return [new(c.m, k) for k in K], b, [2.0] * c.p
+
+
+def _project_t_truth(dy, b, scale):
+    return [torch.cat([f * (_d(dyi) @ _d(bi)) for dyi, bi, f in zip(dy, b, scale, strict=True)], 1)]
+
+
+def _reduce_arguments(c: Call, new: New) -> tuple[Any, ...]:
+    return new(c.m, c.r), new(c.m, c.n), [c.r // c.p] * c.p, _masks(c, new, c.n)
+
+
+def _reduce_truth(ds, x, ranks, masks):
+    parts = [_d(dsi).t() @ _dropped(_d(x), mask) for dsi, mask in zip(ds.split(ranks, 1), masks, strict=True)]
+    return [torch.cat([part.flatten() for part in parts])]
+
+
+def _reduce_t_arguments(c: Call, new: New) -> tuple[Any, ...]:
+    return new(c.m, c.r), [new(c.m, n) for n in _parts(c.n, c.p)], [c.r // c.p] * c.p
+
+
+def _reduce_t_truth(s, dy, ranks):
+    return [torch.cat([(_d(dyi).t() @ _d(si)).flatten() for dyi, si in zip(dy, s.split(ranks, 1), strict=True)])]
+
+
+def _swiglu_arguments(c: Call, new: New) -> tuple[Any, ...]:
+    return new(c.n), new(c.n), new(c.n), True
+
+
+def _swiglu_truth(dh, gate, up, need_h):
+    g, u, sig = _d(gate), _d(up), torch.sigmoid(_d(gate))
+    return [_d(dh) * u * sig * (1 + g * (1 - sig)), _d(dh) * g * sig, g * sig * u]
+
+
+def _cross_entropy_arguments(c: Call, new: New) -> tuple[Any, ...]:
+    labels = torch.zeros(c.m, dtype=torch.int64, device=c.device)
+    return new(c.m, c.n), labels, torch.ones((), device=c.device), True
+
+
+def _cross_entropy_truth(logits, labels, scale, need_grad):
+    return [torch.nn.functional.cross_entropy(_d(logits), labels, reduction="none")]
+
+
+def _d(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double()
+
+
+def _dropped(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    if mask is None:
+        return x
+    bits = mask[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1
+    return x * bits.flatten(1)[:, : x.shape[1]]
+
+
+_GEMM_T = Kernel("lora_gemm_t", _gemm_t_arguments, _gemm_t_truth)
+_PROJECT = Kernel("lora_project", _project_arguments, _project_truth)
+_NORM = Kernel("rms_norm_project", _rms_norm_project_arguments, _rms_norm_project_truth)
+_SWIGLU = Kernel("swiglu_project", _swiglu_project_arguments, _swiglu_project_truth)
+_REDUCE = Kernel("lora_reduce", _reduce_arguments, _reduce_truth)
+KERNELS = {
+    "lora_gemm": Kernel("lora_gemm", _gemm_arguments, _gemm_truth),
+    "lora_gemm_t": _GEMM_T,
+    "lora_gemm_t_dropout": _GEMM_T,
+    "lora_project": _PROJECT,
+    "lora_project_dropout": _PROJECT,
+    "rms_norm_project": _NORM,
+    "rms_norm_project_dropout": _NORM,
+    "swiglu_project": _SWIGLU,
+    "swiglu_project_dropout": _SWIGLU,
+    "lora_project_t": Kernel("lora_project_t", _project_t_arguments, _project_t_truth),
+    "lora_reduce": _REDUCE,
+    "lora_reduce_dropout": _REDUCE,
+    "lora_reduce_t": Kernel("lora_reduce_t", _reduce_t_arguments, _reduce_t_truth),
+    "swiglu": Kernel("swiglu_bwd", _swiglu_arguments, _swiglu_truth),
+    "cross_entropy": Kernel("cross_entropy_rows", _cross_entropy_arguments, _cross_entropy_truth),
+}
+
+
+def probes(kernel: str) -> Iterator[Call]:
+    """Calls whose code is what Llama 2 asks of a kernel at its easiest and at its hardest: ranks 16 and 128, one
+    projection with a residual and three without."""
+    meta = torch.device("meta")
+    dtype = torch.float32 if kernel.endswith("_fp32") else torch.bfloat16
+    name = kernel.removesuffix("_fp32")
+    model = MODELS["7b"]
+    for rank in (16, 128):
+        for call in of_model(model, 4096, rank, dtype, meta, "dropout" in name):
+            if call.kernel == name and call.p in (0, 1 if rank == 128 and name == "lora_gemm" else 3, *_only(name)):
+                yield call
+
+
+def _only(name: str) -> tuple[int, ...]:
+    """swiglu_project has one projection, lora_project too."""
+    return (1,) if name.startswith(("swiglu_project", "lora_project")) and name != "lora_project_t" else ()

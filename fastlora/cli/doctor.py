@@ -240,6 +240,15 @@ def _linear_cross_entropy(new: Callable[..., torch.Tensor]) -> Any:
     return lambda x, w: ops.linear_cross_entropy(x, w, labels), truth, [x, w]
 
 
+def _dora(new: Callable[..., torch.Tensor]) -> Any:
+    w, a, b = (t.detach() for t in (new(48, 64), new(8, 64), new(48, 8)))
+
+    def truth(y, m):
+        return y * m / (w.double() + 2 * b.double() @ a.double()).norm(dim=1)
+
+    return lambda y, m: ops.dora(y, m, w, a, b, 2.0), truth, [new(16, 48), new(48)]
+
+
 CHECKS: dict[str, Callable[..., Any]] = {
     "rms_norm": _rms_norm,
     "swiglu": _swiglu,
@@ -247,6 +256,7 @@ CHECKS: dict[str, Callable[..., Any]] = {
     "lora_linear": _lora_linear,
     "lora_group": _lora_group,
     "swiglu_lora": _swiglu_lora,
+    "dora": _dora,
     "flash_attention": _flash_attention,
     "linear_cross_entropy": _linear_cross_entropy,
 }

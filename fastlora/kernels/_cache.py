@@ -27,6 +27,7 @@ FORMAT = 1
 Entry = dict[str, Any]
 Entries = dict[str, dict[str, Entry]]
 _LOG = logging.getLogger("fastlora")
+_warned: set[str] = set()
 
 
 def folder() -> Path:
@@ -93,7 +94,7 @@ def read() -> Entries:
                 if why:
                     _set_aside(why)
         except OSError as error:
-            _LOG.warning("%s: %s, and it cannot be moved away (%s). The shipped rows serve.", path(), why, error)
+            _warn_once(f"{path()}: {why}, and it cannot be moved away ({error}). The shipped rows serve.")
     return found
 
 
@@ -104,7 +105,7 @@ def inspect() -> tuple[Entries, str | None]:
     except (FileNotFoundError, NotADirectoryError):
         return {}, None
     except OSError as error:
-        _LOG.warning("%s cannot be read (%s). The shipped rows serve.", path(), error)
+        _warn_once(f"{path()} cannot be read ({error}). The shipped rows serve.")
         return {}, None
     except ValueError as error:
         return {}, f"not JSON ({error})"
@@ -133,6 +134,12 @@ def _well_formed(found: Any) -> bool:
     )
 
 
+def _warn_once(text: str) -> None:
+    if text not in _warned:
+        _warned.add(text)
+        _LOG.warning("%s", text)
+
+
 def _set_aside(why: str) -> None:
     aside = path().with_name(f"tuning.json.bad-{os.getpid()}")
     os.replace(path(), aside)
@@ -148,7 +155,7 @@ def store(of_environment: str, measured: Mapping[str, Entry]) -> bool:
             found.setdefault(of_environment, {}).update(measured)
             write(path(), {"fastlora_tuning": FORMAT, "entries": found})
     except OSError as error:
-        _LOG.warning("%s cannot be written (%s): what was measured is not kept.", path(), error)
+        _warn_once(f"{path()} cannot be written ({error}): what was measured is not kept.")
         return False
     entries.cache_clear()
     return True

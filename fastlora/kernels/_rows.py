@@ -26,7 +26,7 @@ class Tile:
 
     def __str__(self) -> str:
         sizes = "×".join(str(size) for size in (self.m, self.n, self.k) if size > 1)
-        return f"{sizes} r{self.r} {self.warps}w {self.stages}s"
+        return f"{sizes} r{self.r} {self.warps}w {self.stages}s" if self.m > 1 else f"{sizes} {self.warps}w"
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,13 @@ class Row:
     n: int = ANY
     r: int = ANY
     provenance: str | Measured = field(default=SCREENED)
+
+    @property
+    def source(self) -> str:
+        """The provenance in words: of a library's method, which nothing screens, that nobody has measured it."""
+        if self.method != "triton" and self.provenance == SCREENED:
+            return "the safe bet, not measured"
+        return str(self.provenance)
 
 
 ROWS = (

@@ -135,15 +135,19 @@ def choose(kernel: str, like: torch.Tensor, *, m: int = 0, n: int = 0, k: int = 
 @functools.lru_cache(maxsize=4096)
 def _choose(kernel, dtype, device, m, n, k, r, p, value, override, assumed) -> Choice:
     call = Call(kernel, dtype, device, m, n, k, r, p)
-    method = _checked(kernel, value)
-    measured = _measured(call)
-    if measured is None and autotune is not None and device.type == "cuda" and method is None:
+    if autotune is not None and device.type == "cuda" and value is None and _measured(call) is None:
         autotune(call)
-        measured = _measured(call)
-    for choice in candidates(call, method, measured):
-        if (_row_name(call), device, choice.method, choice.tile) not in _broken:
+    return answer(call)
+
+
+def answer(call: Call) -> Choice:
+    """What ``choose`` says, looked up anew and nothing measured for it."""
+    variable = _VARIABLES.get(call.kernel)
+    method = _checked(call.kernel, os.environ.get(variable) if variable else None)
+    for choice in candidates(call, method, _measured(call)):
+        if (_row_name(call), call.device, choice.method, choice.tile) not in _broken:
             return choice
-    raise NothingLeft(kernel)
+    return Choice(call, ATEN, shipped(call)[0].tile, "no tile runs here")
 
 
 def _checked(kernel: str, value: str | None) -> str | None:
@@ -165,7 +169,7 @@ def candidates(call: Call, method: str | None = None, measured: Choice | None = 
     elif measured is not None:
         yield measured
     for row in rows:
-        yield Choice(call, method or row.method, row.tile, str(row.provenance))
+        yield Choice(call, method or row.method, row.tile, row.source)
     if family(call.kernel) in METHODS:
         yield Choice(call, METHODS[family(call.kernel)].library, rows[0].tile, "the library's own")
 
@@ -204,16 +208,9 @@ def give_up(failure: LaunchFailed) -> None:
     call = choice.call
     _broken.add((_row_name(call), call.device, choice.method, choice.tile))
     _choose.cache_clear()
-    try:
-        other = choose(call.kernel, torch.empty(0, dtype=call.dtype, device=call.device), **_sizes(call))
-        instead = f"{other} ({other.source})"
-    except NothingLeft:
-        instead = "the ATen composition"
-    logging.getLogger("fastlora").warning("%s\n%s serves instead, for this process.", failure, instead)
-
-
-def _sizes(call: Call) -> dict[str, int]:
-    return {"m": call.m, "n": call.n, "k": call.k, "r": call.r, "p": call.p}
+    other = answer(call)
+    words = f"{other} ({other.source}) serves instead, for the rest of this process."
+    logging.getLogger("fastlora").warning("%s\n%s", failure, words)
 
 
 @contextmanager

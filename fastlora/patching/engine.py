@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -139,6 +140,10 @@ def patch(model: Model, ops: Iterable[str] | None = None, strict: bool = False, 
             _become(module, swap.fast, state)
         elif isinstance(module, Fused):
             _become(module, swap.original, None)
+    if os.environ.get("FASTLORA_AUTOTUNE") == "1":
+        from ..tuning.measure import install
+
+        install()
     plan = explain(model)
     if strict and (plan.unfused or not plan.rows):
         _restore(before)
@@ -205,5 +210,19 @@ def _counted(row: Row, calls: Mapping[str, int]) -> Row:
 def _backend(model: nn.Module) -> str:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if device.type == "cuda":
-        return f"Kernels: Triton on {torch.cuda.get_device_name(device)}."
+        return "\n".join([f"Kernels: Triton on {torch.cuda.get_device_name(device)}.", *_choices(model, device)])
     return f"Kernels: CPU; C++ extension {_library.csrc_state}."
+
+
+def _choices(model: nn.Module, device: torch.device) -> list[str]:
+    """What the tables say for the sizes of this model; nothing where it is no Llama."""
+    from ..tuning import calls, summary
+
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    config = next((one for one in configs if hasattr(one, "intermediate_size")), None)
+    if config is None:
+        return []
+    sizes = config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads
+    rank = next((p.shape[0] for name, p in model.named_parameters() if "lora_A" in name), 16)
+    dtype = next((p.dtype for p in model.parameters() if p.dtype != torch.float32), torch.float32)
+    return summary.lines(calls.Model(*sizes), rank, device, dtype)

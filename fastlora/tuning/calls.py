@@ -182,7 +182,7 @@ def _reduce_t_truth(s, dy, ranks):
 
 
 def _swiglu_arguments(c: Call, new: New) -> tuple[Any, ...]:
-    return new(c.n), new(c.n), new(c.n), True
+    return new(1, c.n), new(1, c.n), new(1, c.n), True
 
 
 def _swiglu_truth(dh, gate, up, need_h):

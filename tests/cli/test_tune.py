@@ -1,0 +1,112 @@
+"""fastlora tune and fastlora doctor, as a person meets them."""
+
+import json
+
+import pytest
+import torch
+
+from fastlora.cli import doctor
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@no_gpu
+def test_without_a_gpu_tune_says_what_runs_instead(fastlora_cli):
+    done = fastlora_cli("tune")
+    assert done.returncode == 1 and "fastlora tune --screen --arch sm_80" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--model", "8b"), "--model has 8b; there are 7b, 13b, 34b, 70b"),
+        (("--tokens", "many"), "--tokens is 'many', needs numbers"),
+        (("--screen", "--arch", "sm_70"), "--arch is 'sm_70', needs one of sm_80"),
+        (("--screen", "--kernels", "softmax"), "--kernels has softmax; there are lora_gemm"),
+        (("--rows",), "holds no measurements"),
+    ],
+)
+def test_errors_name_the_flag(flags, says, tmp_path, monkeypatch, capsys):
+    import sys
+
+    from fastlora.cli import main
+
+    monkeypatch.setenv("FASTLORA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["fastlora", "tune", *flags])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1 and says in capsys.readouterr().err
+
+
+def test_screen_prints_survivors_and_rows(fastlora_cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTLORA_CACHE_DIR", str(tmp_path))
+    done = fastlora_cli("tune", "--screen", "--arch", "sm_80", "--kernels", "swiglu")
+    assert done.returncode == 0, done.stderr
+    assert 'Row("swiglu", 80, Tile(' in done.stdout and "modelled, not measured" in done.stdout
+    assert "Every shipped row of sm_80 is among the survivors." in done.stdout
+    kept = json.loads((tmp_path / "screened-sm_80.json").read_text())["screened"]
+    assert len(kept) >= 6 and all(one["registers"] > 0 for one in kept.values())
+
+
+def run(capsys) -> tuple[bool, str]:
+    from rich.console import Console
+
+    well = doctor.doctor(Console(width=100))
+    return well, capsys.readouterr().out
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTLORA_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_doctor_is_well_here(cache, capsys):
+    well, text = run(capsys)
+    assert "✗" not in text and well, text
+    assert text.rstrip().endswith("All is well.")
+    assert all(name in text for name in (*doctor.CHECKS, "torch", "csrc", "tuning cache"))
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_doctor_has_a_check_for_every_op():
+    from fastlora import ops
+
+    assert set(doctor.CHECKS) == set(ops.__all__) - {"Branch", "Projection"}
+
+
+@pytest.mark.parametrize("op", doctor.CHECKS)
+def test_doctor_sees_a_wrong_op(op, cache, capsys, monkeypatch):
+    """3% off, which is about the distance of a forgotten rounding from a wrong formula; and an op that raises."""
+    right = getattr(doctor.ops, op)
+
+    def off(*args, **kwargs):
+        out = right(*args, **kwargs)
+        return tuple(one * 1.03 for one in out) if isinstance(out, tuple) else out * 1.03
+
+    checks = {op: doctor.CHECKS[op]}
+    monkeypatch.setattr(doctor, "CHECKS", checks)
+    monkeypatch.setattr(doctor.ops, op, off)
+    well, text = run(capsys)
+    assert not well and "✗ " + op in text, text
+
+    def raises(*args, **kwargs):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(doctor.ops, op, raises)
+    well, text = run(capsys)
+    assert not well and "RuntimeError: no such kernel" in text
+
+
+def test_doctor_says_what_to_do_about_a_bad_cache(cache, capsys, monkeypatch):
+    (cache / "tuning.json").write_text("{")
+    monkeypatch.setattr(doctor, "CHECKS", {})
+    well, text = run(capsys)
+    assert not well and "not JSON" in text and f"→ rm {cache}/tuning.json" in text.replace("\n" + " " * 23, "")
+    assert (cache / "tuning.json").exists(), "the doctor moves nothing"
+
+
+def test_doctor_has_an_exit_status(fastlora_cli, cache):
+    (cache / "tuning.json").write_text("{")
+    assert fastlora_cli("doctor").returncode == 1

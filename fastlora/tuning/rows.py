@@ -14,31 +14,51 @@ from ..kernels import _cache
 from ..kernels._rows import ANY, Measured, Row, Tile
 from ..kernels._tiles import Call
 from . import calls, model
-from .screen import Screened
+from .screen import Screened, shipped_rows
 
 # How much faster, by the static model, a tile must be to get a row of its own: less is not to be told apart by it.
 MARGIN = 1.1
-_LOW, _LOW_RANKS = (8, 16), 48  # ranks 8 and 16 in up to three projections; the others have 64 and more
+_LOW, _HIGH = (8, 16), (64, 128)
+_LOW_RANKS = 48  # of three projections of rank 16; one of rank 64 has more
 
 
 def screened(found: Iterable[Screened], kernel: str, arch: int) -> list[Row]:
     """The fewest rows within MARGIN of the best survivor for every Llama 2 shape, by the static model."""
     survivors = [one for one in found if one.kernel == kernel and one.survives(arch)]
-    buckets = [(tokens, ranks) for tokens in calls.TOKENS for ranks in (_LOW, calls.RANKS[2:])]
-    times = {b: {one.tile: _mean(_calls(kernel, *b), one) for one in survivors} for b in buckets}
-    if not survivors or not all(times.values()):
+    times: dict[tuple[int, tuple[int, ...]], dict[Tile, float]] = {
+        (tokens, ranks): {one.tile: _mean(_calls(kernel, tokens, ranks), one) for one in survivors}
+        for tokens in calls.TOKENS
+        for ranks in (_LOW, _HIGH)
+    }
+    if not survivors:
         return []
-    # Of tiles whose time is the same, the one with the most work per program.
-    overall = min(
-        (one.tile for one in survivors),
-        key=lambda tile: (round(sum(math.log(times[b][tile]) for b in buckets), 6), -tile.m * tile.n, repr(tile)),
-    )
-    rows = []
-    for tokens, ranks in buckets:
+    overall = _overall(times, [row.tile for row in shipped_rows(arch, [kernel])])
+    low, high = (_by_tokens(kernel, arch, times, ranks, overall) for ranks in (_LOW, _HIGH))
+    same = [(row.tile, row.m) for row in low] == [(row.tile, row.m) for row in high]
+    return high if same else [*(replace(row, r=_LOW_RANKS) for row in low), *high]
+
+
+Times = Mapping[tuple[int, tuple[int, ...]], Mapping[Tile, float]]
+
+
+def _overall(times: Times, current: list[Tile]) -> Tile:
+    """The tile that is best over all sizes; the shipped one where it is within MARGIN of that."""
+    sums = {tile: sum(math.log(of[tile]) for of in times.values()) / len(times) for tile in next(iter(times.values()))}
+    best = min(sums, key=lambda tile: (round(sums[tile], 6), -tile.m * tile.n, repr(tile)))
+    stays = [tile for tile in current[::-1] if tile in sums and sums[tile] <= sums[best] + math.log(MARGIN)]
+    return stays[0] if stays else best
+
+
+def _by_tokens(kernel: str, arch: int, times: Times, ranks: tuple[int, ...], overall: Tile) -> list[Row]:
+    rows: list[Row] = []
+    for tokens in calls.TOKENS:
         here = times[tokens, ranks]
         best = min(here, key=lambda tile: (here[tile], -tile.m * tile.n))
         tile = best if here[overall] > MARGIN * here[best] else overall
-        rows.append(Row(kernel, arch, tile, m=tokens, r=_LOW_RANKS if ranks == _LOW else ANY))
+        # What serves the size before stays, where it is as good here.
+        if rows and here[rows[-1].tile] <= MARGIN * here[best]:
+            tile = rows[-1].tile
+        rows.append(Row(kernel, arch, tile, m=tokens))
     return merged(rows)
 
 

@@ -221,6 +221,7 @@ def plan(
         planned.show(made, _console())
 
 
+@app.command()
 def tune(
     model: Annotated[str, typer.Option(help="7b, 13b, 34b, 70b; several with commas.")] = "7b",
     tokens: Annotated[str, typer.Option(help="Tokens of a forward, batch × length; several with commas.")] = "4096",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import textwrap
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -249,6 +250,21 @@ def _dora(new: Callable[..., torch.Tensor]) -> Any:
     return lambda y, m: ops.dora(y, m, w, a, b, 2.0), truth, [new(16, 48), new(48)]
 
 
+def _dequantize_4bit(new: Callable[..., torch.Tensor]) -> Any:
+    x = new(16, 64)
+    packed = torch.arange(48 * 32, device=x.device).remainder(251).to(torch.uint8)
+    absmax, code = (torch.linspace(-1, 1, n, device=x.device) for n in (48, 16))
+    state = SimpleNamespace(
+        quant_type="nf4", blocksize=64, absmax=absmax, code=code, state2=None, shape=(48, 64), dtype=x.dtype
+    )
+
+    def truth(x):
+        halves = torch.stack((packed >> 4, packed & 15), 1).long().view(48, 64)
+        return x @ (code.double()[halves] * absmax.double()[:, None]).t()
+
+    return lambda x: x @ ops.dequantize_4bit(packed, state).t(), truth, [x]
+
+
 CHECKS: dict[str, Callable[..., Any]] = {
     "rms_norm": _rms_norm,
     "swiglu": _swiglu,
@@ -257,6 +273,7 @@ CHECKS: dict[str, Callable[..., Any]] = {
     "lora_group": _lora_group,
     "swiglu_lora": _swiglu_lora,
     "dora": _dora,
+    "dequantize_4bit": _dequantize_4bit,
     "flash_attention": _flash_attention,
     "linear_cross_entropy": _linear_cross_entropy,
 }

@@ -73,7 +73,7 @@ def test_doctor_is_well_here(cache, capsys):
 def test_doctor_has_a_check_for_every_op():
     from fastlora import ops
 
-    assert set(doctor.CHECKS) == set(ops.__all__) - {"Branch", "Projection"}
+    assert set(doctor.CHECKS) == set(ops.__all__) - {"Branch", "Projection", "Quantised", "quantised"}
 
 
 @pytest.mark.parametrize("op", doctor.CHECKS)

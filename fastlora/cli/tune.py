@@ -59,8 +59,8 @@ def _survives(row: Any, found: Iterable[screen.Screened], arch: int) -> bool:
 
 def _survivors(found: list[screen.Screened], arch: int) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("kernel", "compiled", "spill", "too large", "fail", "survive", "registers", "shared KB"):
-        table.add_column(name, justify="left" if name == "kernel" else "right")
+    for name in ("kernel", "tiles", "spill", "large", "fail", "survive", "regs", "KB shared"):
+        table.add_column(name, justify="left" if name == "kernel" else "right", no_wrap=True)
     for kernel in dict.fromkeys(one.kernel for one in found):
         of = [one for one in found if one.kernel == kernel]
         good = [one for one in of if one.survives(arch)]
@@ -79,7 +79,7 @@ def _survivors(found: list[screen.Screened], arch: int) -> Table:
 
 def _range(values: Iterable[int]) -> str:
     every = sorted(values)
-    return f"{every[0]}-{every[-1]}" if every else ""
+    return "-".join(map(str, dict.fromkeys([every[0], every[-1]]))) if every else ""
 
 
 def measured(model: str, tokens: str, rank: int, dropout: bool, again: bool, seconds: float, console: Console) -> None:

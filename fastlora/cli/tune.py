@@ -58,7 +58,7 @@ def _survives(row: Any, found: Iterable[screen.Screened], arch: int) -> bool:
 
 
 def _survivors(found: list[screen.Screened], arch: int) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("kernel", "tiles", "spill", "large", "fail", "survive", "regs", "KB"):
         table.add_column(name, justify="left" if name == "kernel" else "right", no_wrap=True)
     for kernel in dict.fromkeys(one.kernel for one in found):

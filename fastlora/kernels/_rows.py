@@ -75,6 +75,9 @@ class Row:
         return str(self.provenance)
 
 
+# Compiled, but not without spills on every architecture.
+UNSCREENED = "unscreened"
+
 ROWS = (
     Row("lora_gemm", 80, Tile(m=128, n=128, k=32, r=16, stages=4), m=1024),
     Row("lora_gemm", 80, Tile(m=128, n=256, k=64, r=16, warps=8, stages=4)),
@@ -145,7 +148,7 @@ ROWS = (
     Row("flash_attention_fwd_d128", 0, Tile(m=128, n=64, warps=8, stages=3)),
     Row("flash_attention_fwd_d128_fp32", 0, Tile(m=32, n=32, warps=8, stages=1)),
     Row("flash_attention_fwd_d256", 0, Tile(m=64, n=32, warps=8)),
-    Row("flash_attention_fwd_d256_fp32", 0, Tile(m=16, n=16, stages=1)),
+    Row("flash_attention_fwd_d256_fp32", 0, Tile(m=16, n=16, stages=1), provenance=UNSCREENED),
     Row("flash_attention_fwd_d128_padded", 0, Tile(m=128, n=32, warps=8, stages=3)),
     Row("flash_attention_dq_d64", 0, Tile(m=64, n=32, stages=3)),
     Row("flash_attention_dq_d64_fp32", 0, Tile(m=32, n=32, warps=8, stages=1)),
@@ -153,8 +156,8 @@ ROWS = (
     Row("flash_attention_dq_d128_fp32", 0, Tile(m=16, n=16, warps=8, stages=1)),
     Row("flash_attention_dq_d256", 90, Tile(m=32, n=32, warps=8)),
     Row("flash_attention_dq_d256", 0, Tile(m=64, n=32, warps=8)),
-    Row("flash_attention_dq_d256_fp32", 90, Tile(m=16, n=16, warps=8, stages=1)),
-    Row("flash_attention_dq_d256_fp32", 0, Tile(m=16, n=16, stages=1)),
+    Row("flash_attention_dq_d256_fp32", 90, Tile(m=16, n=16, warps=8, stages=1), provenance=UNSCREENED),
+    Row("flash_attention_dq_d256_fp32", 0, Tile(m=16, n=16, stages=1), provenance=UNSCREENED),
     Row("flash_attention_dkdv_d64", 0, Tile(m=32, n=128, warps=8)),
     Row("flash_attention_dkdv_d64_fp32", 0, Tile(m=32, n=32, warps=8, stages=1)),
     Row("flash_attention_dkdv_d128", 90, Tile(m=16, n=128, warps=8, stages=3)),
@@ -162,6 +165,26 @@ ROWS = (
     Row("flash_attention_dkdv_d128_fp32", 90, Tile(m=16, n=16, warps=8, stages=1)),
     Row("flash_attention_dkdv_d128_fp32", 0, Tile(m=16, n=64, warps=8, stages=1)),
     Row("flash_attention_dkdv_d256", 0, Tile(m=32, n=32, warps=8)),
-    Row("flash_attention_dkdv_d256_fp32", 0, Tile(m=16, n=16, warps=8, stages=1)),
+    Row("flash_attention_dkdv_d256_fp32", 0, Tile(m=16, n=16, warps=8, stages=1), provenance=UNSCREENED),
+    # Philox takes registers in all three.
+    Row("flash_attention_fwd_d64_dropout", 0, Tile(m=128, n=64, warps=8)),
+    Row("flash_attention_fwd_d64_dropout_fp32", 0, Tile(m=64, n=32, warps=8, stages=1), provenance=UNSCREENED),
+    Row("flash_attention_fwd_d128_dropout", 0, Tile(m=128, n=32, warps=8)),
+    Row("flash_attention_fwd_d128_dropout_fp32", 0, Tile(m=32, n=32, warps=8, stages=1), provenance=UNSCREENED),
+    Row("flash_attention_fwd_d256_dropout", 0, Tile(m=64, n=32, warps=8)),
+    Row("flash_attention_fwd_d256_dropout_fp32", 0, Tile(m=16, n=16, stages=1), provenance=UNSCREENED),
+    Row("flash_attention_dq_d64_dropout", 0, Tile(m=64, n=32)),
+    Row("flash_attention_dq_d64_dropout_fp32", 0, Tile(m=32, n=32, warps=8, stages=1), provenance=UNSCREENED),
+    Row("flash_attention_dq_d128_dropout", 0, Tile(m=64, n=32, warps=8)),
+    Row("flash_attention_dq_d128_dropout_fp32", 0, Tile(m=16, n=16, warps=8, stages=1), provenance=UNSCREENED),
+    Row("flash_attention_dq_d256_dropout", 0, Tile(m=32, n=32, warps=8)),
+    Row("flash_attention_dq_d256_dropout_fp32", 0, Tile(m=16, n=16, warps=8, stages=1), provenance=UNSCREENED),
+    Row("flash_attention_dkdv_d64_dropout", 0, Tile(m=16, n=128, warps=8)),
+    Row("flash_attention_dkdv_d64_dropout_fp32", 0, Tile(m=32, n=16, warps=8, stages=1), provenance=UNSCREENED),
+    Row("flash_attention_dkdv_d128_dropout", 90, Tile(m=16, n=64, warps=8)),
+    Row("flash_attention_dkdv_d128_dropout", 0, Tile(m=32, n=64, warps=8)),
+    Row("flash_attention_dkdv_d128_dropout_fp32", 0, Tile(m=16, n=32, warps=8, stages=1), provenance=UNSCREENED),
+    Row("flash_attention_dkdv_d256_dropout", 0, Tile(m=32, n=32, warps=8)),
+    Row("flash_attention_dkdv_d256_dropout_fp32", 0, Tile(m=16, n=16, warps=8, stages=1), provenance=UNSCREENED),
     Row("cross_entropy", 0, Tile(n=4096, warps=8)),
 )

@@ -2,11 +2,12 @@
 
 A slab of scores holds all keys of its queries, so the softmax is the ordinary one and the backward repeats it: neither
 out nor lse is needed there, and the error is eager's. The query heads of a key head are rows of one matrix product.
+Dropout draws slab after slab from a generator of its own, which the backward starts anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -70,16 +71,30 @@ def _probabilities(b_q, b_k, hidden, scale):
     return scores, p
 
 
-def fwd(q, k, v, key_padding_mask, position_ids, scale, causal, window):
+def _kept(generator, p, scores) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What multiplies probabilities by 1 / (1 − p) or 0, as drawn for these scores."""
+    kept = torch.rand(scores.shape, generator=generator) >= p
+    factor = 1 / (1 - p) if p < 1 else 0.0
+    return lambda x: x.mul(kept).mul_(factor)
+
+
+def _generator(seed: torch.Tensor | None) -> torch.Generator | None:
+    return None if seed is None else torch.Generator().manual_seed(int(seed))
+
+
+def fwd(q, k, v, key_padding_mask, position_ids, scale, causal, window, dropout_p, seed):
     """As flash_attention_fwd."""
+    generator = _generator(seed)
     H_kv, k, v = k.shape[1], k.contiguous(), v.contiguous()  # bmm would copy every slice of a transposed view
     out, lse = _like(q), torch.full(q.shape[:3], float("inf"))
     q_, out_, lse_ = _grouped(q, H_kv), _grouped(out, H_kv), lse.unflatten(1, (H_kv, -1))
     for rows, queries, keys, hidden in _slabs(q, k, key_padding_mask, position_ids, causal, window):
         scores, p = _probabilities(q_[rows, :, :, queries].flatten(2, 3), k[rows, :, keys], hidden, scale)
-        out_[rows, :, :, queries] = (p @ v[rows, :, keys]).unflatten(2, (-1, hidden.shape[3]))
         # The largest probability is exp(largest score − lse).
         b_lse = scores.amax(-1).float() - p.amax(-1).float().log()
+        if generator is not None:
+            p = _kept(generator, dropout_p, scores)(p)
+        out_[rows, :, :, queries] = (p @ v[rows, :, keys]).unflatten(2, (-1, hidden.shape[3]))
         lse_[rows, :, :, queries] = b_lse.unflatten(2, (-1, hidden.shape[3]))
     return out, lse
 
@@ -89,8 +104,9 @@ def _over_group(left, right, queries):
     return (left.unflatten(2, (-1, queries)).mT @ right.unflatten(2, (-1, queries))).sum(2)
 
 
-def bwd(dout, q, k, v, out, lse, key_padding_mask, position_ids, scale, causal, window):
+def bwd(dout, q, k, v, out, lse, key_padding_mask, position_ids, scale, causal, window, dropout_p, seed):
     """As flash_attention_bwd."""
+    generator = _generator(seed)
     H_kv, k, v = k.shape[1], k.contiguous(), v.contiguous()
     # Keys gather their gradient from many slabs: in fp32.
     dq, dk, dv = _like(q), _like(k, torch.float32), _like(v, torch.float32)
@@ -98,9 +114,13 @@ def bwd(dout, q, k, v, out, lse, key_padding_mask, position_ids, scale, causal, 
     for rows, queries, keys, hidden in _slabs(q, k, key_padding_mask, position_ids, causal, window):
         b_q, b_do = q_[rows, :, :, queries].flatten(2, 3), do_[rows, :, :, queries].flatten(2, 3)
         b_k, b_v, n = k[rows, :, keys], v[rows, :, keys], hidden.shape[3]
-        _, p = _probabilities(b_q, b_k, hidden, scale)
-        dv[rows, :, keys] += _over_group(p, b_do, n)
-        ds = torch._softmax_backward_data(b_do @ b_v.mT, p, -1, p.dtype).mul_(scale)
+        scores, p = _probabilities(b_q, b_k, hidden, scale)
+        dropped, dp = p, b_do @ b_v.mT
+        if generator is not None:
+            kept = _kept(generator, dropout_p, scores)
+            dropped, dp = kept(p), kept(dp)
+        dv[rows, :, keys] += _over_group(dropped, b_do, n)
+        ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale)
         dq_[rows, :, :, queries] = (ds @ b_k).unflatten(2, (-1, n))
         dk[rows, :, keys] += _over_group(ds, b_q, n)
     return dq, dk.to(k.dtype), dv.to(v.dtype)

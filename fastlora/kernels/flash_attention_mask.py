@@ -15,6 +15,9 @@ from ._tl import tl, triton
 
 _SCAN = tl.constexpr(1024)
 _LOG2E = tl.constexpr(1.4426950408889634)
+# ln 2 as a number of ten bits, which an exponent multiplies exactly, and the rest.
+_LN2_HIGH = tl.constexpr(355 / 512)
+_LN2_LOW = tl.constexpr(-2.121944400546905e-4)
 
 
 @triton.jit
@@ -25,8 +28,32 @@ def exponent(x, FP32: tl.constexpr):
 
 @triton.jit
 def power(x, FP32: tl.constexpr):
-    """e to the x of `exponent`."""
-    return tl.exp(x) if FP32 else tl.math.exp2(x)
+    """e to the x of `exponent`, x ≤ 0 but for rounding."""
+    return _exp(x) if FP32 else tl.math.exp2(x)
+
+
+@triton.jit
+def _exp(x):
+    """To one ulp, as eager's; the GPU's own is exp2(x · log₂ e), off by the rounding of that product. 0 below −87."""
+    b = tl.maximum(x, -87.0)
+    n = tl.floor(b * _LOG2E + 0.5)
+    r = (b - n * _LN2_HIGH) - n * _LN2_LOW
+    y = 1 / 720 + r * (1 / 5040)
+    y = 1 / 24 + r * (1 / 120 + r * y)
+    y = 1.0 + (r + r * r * (0.5 + r * (1 / 6 + r * y)))
+    return tl.where(x < -87.0, 0.0, y * ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def dot_t(b_a, b_b, PRECISION: tl.constexpr):
+    """a bᵀ of rows. In fp32 even and odd columns are summed apart, which loses less; beyond 64 that would spill."""
+    if b_a.dtype == tl.float32 and b_a.shape[1] <= 64:
+        b_a0, b_a1 = tl.split(tl.reshape(b_a, (b_a.shape[0], b_a.shape[1] // 2, 2)))
+        b_b0, b_b1 = tl.split(tl.reshape(b_b, (b_b.shape[0], b_b.shape[1] // 2, 2)))
+        b = tl.dot(b_a0, tl.trans(b_b0), input_precision=PRECISION)
+        return b + tl.dot(b_a1, tl.trans(b_b1), input_precision=PRECISION)
+    else:
+        return tl.dot(b_a, tl.trans(b_b), input_precision=PRECISION)
 
 
 @triton.jit
@@ -74,6 +101,29 @@ def visible(o_m, o_n, b_first, p_pad, T_kv, shift, CAUSAL: tl.constexpr, LEFT: t
     if LEFT:
         m = m & (o_n >= b_first)
     return m
+
+
+@triton.jit
+def kept(i_m, i_n, i_bh, seed, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """What dropout keeps of the tile of scores at (i_m, i_n) of head i_bh, (BLOCK_N, BLOCK_M) where KEYS_FIRST.
+
+    The random word of score (i, j) is word j % 4 of Philox of the counter (j // 4, i, i_bh): of whatever tile it is in.
+    """
+    o_m, o_n = (i_m + tl.arange(0, BLOCK_M)).to(tl.uint32), (i_n // 4 + tl.arange(0, BLOCK_N // 4)).to(tl.uint32)
+    if KEYS_FIRST:
+        b_zero = tl.zeros([BLOCK_N // 4, BLOCK_M], dtype=tl.uint32)
+        r0, r1, r2, r3 = tl.philox(seed, b_zero + o_n[:, None], b_zero + o_m[None, :], b_zero + i_bh, b_zero)
+    else:
+        b_zero = tl.zeros([BLOCK_M, BLOCK_N // 4], dtype=tl.uint32)
+        r0, r1, r2, r3 = tl.philox(seed, b_zero + o_n[None, :], b_zero + o_m[:, None], b_zero + i_bh, b_zero)
+    b_even = tl.join((r0 >= threshold).to(tl.int8), (r2 >= threshold).to(tl.int8))
+    b_odd = tl.join((r1 >= threshold).to(tl.int8), (r3 >= threshold).to(tl.int8))
+    b = tl.join(b_even, b_odd)
+    if KEYS_FIRST:
+        b = tl.reshape(tl.permute(b, (0, 2, 3, 1)), (BLOCK_N, BLOCK_M))
+    else:
+        b = tl.reshape(b, (BLOCK_M, BLOCK_N))
+    return b != 0
 
 
 @triton.jit
@@ -130,11 +180,15 @@ def key_tiles(
 
 @triton.jit
 def query_tiles(
-    i_n, b_real, p_pos, T, T_kv, shift, window,
+    i_n, b_real, p_pad, p_pos, T, T_kv, shift, window,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The query tiles that see any of the BLOCK_N keys from i_n on, b_real of which are real: see _tiles."""
+    """The query tiles that see any real key, b_real, of the BLOCK_N from i_n on: see _tiles."""
     last = tl.minimum(i_n + BLOCK_N, T_kv) - 1
+    if p_pad is not None:
+        o_n = i_n + tl.arange(0, BLOCK_N)
+        last = tl.max(tl.where(b_real, o_n, i_n), 0)
+        i_n = tl.min(tl.where(b_real, o_n, last), 0)
     lo, whole_lo, whole_hi, hi = 0, 0, T, T
     if CAUSAL:
         lo = tl.maximum(0, i_n - shift)

@@ -35,7 +35,6 @@ class State:
         self.ops = ops
         self.memory = memory
         self.calls: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        self.attention: str | None = None  # the implementation that ours stands in for
 
 
 class Fused:
@@ -61,12 +60,6 @@ class Fused:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, self._fastlora_class, self.__dict__
-
-    def plug(self) -> None:
-        """What patching a module does beside its class."""
-
-    def unplug(self) -> None:
-        """What unpatching it takes back."""
 
     def count(self, part: str, why: str | None = None) -> None:
         """Count one call of a part, fused or passed through for the reason given. Compiled calls are not counted."""

@@ -1,37 +1,137 @@
-"""Attention through transformers' attention interface: our kernel where a batch is padded or packed, SDPA elsewhere.
+"""Which attention runs in a Llama: ours, SDPA, or flash-attn where it is installed.
 
-SDPA runs FlashAttention-2 on an A100, which is on record ahead of Triton for plain causal batches; a mask would take it
-off that path, and ours skips what a mask hides. FASTLORA_ATTENTION forces either.
+transformers makes the mask of a batch once per forward, in LlamaModel, of the kind that the implementation named in the
+config wants. Models may share a config, so no name of ours is written there. LlamaModel gives its layers a Mask, which
+says in words what is visible, and an empty tensor in the place of the (B, 1, T, T) mask, on which any other attention
+would fail rather than see too much.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, flash_attention_mask
+from transformers.models.llama import modeling_llama as hf
 
 from .. import ops
-from ._fused import Fused, why_not_plain
+from ..kernels import _tiles
+from . import flash_attn
+from ._fused import Fused, instance_forward, original_class, why_not_plain
 
-NAME = "fastlora"
-
-
-def register() -> None:
-    """Add our key to transformers' registries of attention and mask functions; nothing that is there changes."""
-    AttentionInterface.register(NAME, attend)
-    # Without a mask function of its own, transformers drops the padding of an implementation it does not know.
-    AttentionMaskInterface.register(NAME, make_mask)
+OURS, SDPA = "fastlora", "sdpa"
+IMPLEMENTATIONS = (OURS, SDPA, *flash_attn.PACKAGES)
+KINDS = ("plain", "padded", "packed")
 
 
-def make_mask(*, kv_length: int, **kwargs: Any) -> torch.Tensor | None:
-    """The padding (B, T) where queries and keys are the same tokens; over a cache, which may be static, SDPA's mask."""
-    queries = kwargs["q_length"] if "q_length" in kwargs else len(kwargs["cache_position"])  # transformers 5 and 4
-    make = flash_attention_mask if queries == kv_length else ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
-    return make(kv_length=kv_length, **kwargs)
+class Mask(NamedTuple):
+    """What the tokens of a batch see, beside causality.
+
+    Attributes:
+        padding: (B, T) bool, True for real tokens.
+        positions: (B or 1, T), the index of every token in its own sequence.
+        sequences: the same as flash-attn takes it.
+    """
+
+    padding: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    sequences: flash_attn.Sequences | None = None
+
+    def over_cache(self) -> Mask:
+        """As transformers: position_ids tell packed sequences apart only where there is no cache."""
+        return Mask(padding=self.padding)
+
+    @property
+    def kind(self) -> str:
+        if self.padding is not None:
+            return "padded"
+        return "plain" if self.positions is None else "packed"
+
+
+def choose(kind: str, arch: int) -> str:
+    """The implementation for batches of a kind on a GPU architecture; FASTLORA_ATTENTION forces one.
+
+    SDPA picks among backends of its own: FlashAttention-2 on an A100, cuDNN's on Hopper, both on record ahead of Triton
+    where nothing is masked, and a mask takes it off them. FlashAttention-3 is on record ahead of both on Hopper.
+    """
+    forced = os.environ.get("FASTLORA_ATTENTION")
+    if forced is None:
+        if kind != "plain":
+            return OURS
+        return flash_attn.FA3 if arch == 90 and flash_attn.installed(flash_attn.FA3) else SDPA
+    if forced not in IMPLEMENTATIONS:
+        raise ValueError(f"FASTLORA_ATTENTION is {forced!r}, needs one of {', '.join(map(repr, IMPLEMENTATIONS))}")
+    if forced in flash_attn.PACKAGES and not flash_attn.installed(forced):
+        package = flash_attn.PACKAGES[forced]
+        raise ValueError(f"FASTLORA_ATTENTION is {forced!r}, needs the package {package}, which is not installed")
+    return forced
+
+
+def _chosen(kind: str, device: torch.device) -> str:
+    return choose(kind, _tiles.arch(device) if device.type == "cuda" else 0)
+
+
+def describe(device: torch.device) -> str:
+    """For explain: every implementation chosen, and for what."""
+    chosen: dict[str, list[str]] = {}
+    for kind in KINDS:
+        chosen.setdefault(_chosen(kind, device), []).append(kind)
+    names = {OURS: "fastlora flash_attention", SDPA: "torch SDPA"}
+    return ", ".join(f"{names.get(name, name)} ({', '.join(kinds)})" for name, kinds in chosen.items())
+
+
+def _masks(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether masks are ours to make: not over a cache, nor where any layer would not understand them."""
+    if len(args) > 1 or kwargs.get("past_key_values") is not None or model.config._attn_implementation != SDPA:
+        return False
+    for layer in model.layers:
+        attention = layer.self_attn
+        if original_class(layer) is not hf.LlamaDecoderLayer or instance_forward(layer) or instance_forward(attention):
+            return False
+        if not isinstance(attention, Fused) or "flash_attention" not in attention._fastlora.ops:
+            return False
+    return True
+
+
+def mask_arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of LlamaModel's forward that change where the mask of the batch is ours to make; else none.
+
+    As transformers: position_ids tell packed sequences apart where there is no attention_mask, at every token whose
+    position is not the one before plus 1. No answer is waited for but whether a given mask hides anything. (Without
+    position_ids transformers 4 makes a (T, T) mask, where there is no cache, for sequences it does not find.)
+    """
+    padding, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    x = args[0] if args else kwargs.get("input_ids")
+    x = kwargs.get("inputs_embeds") if x is None else x
+    if x is None or not _masks(model, args, kwargs):
+        return {}
+    B, T = x.shape[:2]
+    if padding is not None:
+        if padding.shape != (B, T):
+            return {}
+        padding = padding.to(x.device, torch.bool)
+        hides = torch.compiler.is_compiling() or not padding.all()
+        mask = Mask(padding=padding if hides else None)
+    elif position_ids is not None:
+        if position_ids.shape not in ((B, T), (1, T)):
+            return {}
+        mask = Mask(positions=_positions(position_ids))
+    else:
+        mask = Mask()
+    chosen = _chosen(mask.kind, x.device)
+    if chosen == SDPA and mask.kind != "plain":
+        return {}
+    if chosen in flash_attn.PACKAGES and mask.positions is not None:
+        mask = mask._replace(sequences=flash_attn.sequences(mask.positions.expand(B, T)))
+    return {"attention_mask": x.new_empty((B, 1, 0, 0), dtype=torch.bool), "fastlora_mask": mask}
+
+
+def _positions(position_ids: torch.Tensor) -> torch.Tensor:
+    """Each token's index in its own sequence, whatever number its sequence begins with."""
+    index = torch.arange(position_ids.shape[1], device=position_ids.device)
+    begins = position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1
+    return index - torch.where(begins, index, 0).cummax(-1).values
 
 
 def attend(
@@ -40,92 +140,63 @@ def attend(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
+    mask: Mask | None,
+    decoding: bool,
+    scaling: float,
+    dropout: float,
 ) -> tuple[torch.Tensor, None]:
-    """query (B, H, T, D), key and value (B, H_kv, T_kv, D), attention_mask what make_mask or the caller gave.
+    """query (B, H, T, D), key and value (B, H_kv, T_kv, D), and the Mask that LlamaModel made or transformers' own.
 
+    decoding: over a cache in inference, where that is as it should be.
     Returns (B, T, H, D) and no weights.
     """
-    if query.shape[2] != key.shape[2]:
+    if mask is None:
+        if attention_mask is not None and not decoding and _chosen("padded", query.device) != SDPA:
+            module.count("attention", "a mask of the caller's own, or a layer that is not fused: SDPA")
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
-    positions = None
-    if attention_mask is None:
-        positions = _packed(kwargs.get("position_ids"), query.shape[0])
-    window = kwargs.get("sliding_window")
-    why = _why_not(query, key, attention_mask, positions, window, dropout)
-    sdpa = why is not None or _chosen_sdpa(query, key, attention_mask, positions, window)
-    if isinstance(module, Fused) and (why or not sdpa):
-        module.count("attention", why)
-    if not sdpa:
+    name = _chosen(mask.kind, query.device)
+    why = _why_not(name, query, key, mask, dropout)
+    if why and name != OURS:
+        name = OURS if _why_not(OURS, query, key, mask, dropout) is None else SDPA
+    elif why:
+        name = SDPA
+    if why or name == OURS:
+        module.count("attention", f"{why}: {name}" if why else None)
+    if name == OURS:
         out = ops.flash_attention(
             query,
             key,
             value,
             scale=scaling,
-            key_padding_mask=None if attention_mask is None else attention_mask.bool(),
-            position_ids=positions,
-            window=window,
+            key_padding_mask=mask.padding,
+            position_ids=mask.positions,
+            dropout_p=dropout,
         )
         return out.transpose(1, 2), None
-    if attention_mask is None or attention_mask.dim() == 2:
-        attention_mask = _full_mask(query, key, attention_mask, positions, window)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
+    if name in flash_attn.PACKAGES:
+        return flash_attn.attend(name, query, key, value, mask.sequences, scaling, dropout), None
+    full = _full(query, mask)
+    return sdpa_attention_forward(module, query, key, value, full, dropout=dropout, scaling=scaling)
 
 
-def _packed(position_ids: torch.Tensor | None, batch: int) -> torch.Tensor | None:
-    """position_ids if they hold more than one sequence in a row: asked once per forward, since a GPU must answer.
-
-    A traced graph cannot ask, and takes them as they are.
-    """
-    if position_ids is None or position_ids.dim() != 2:
+def _why_not(name: str, query: torch.Tensor, key: torch.Tensor, mask: Mask, dropout: float) -> str | None:
+    if name == SDPA:
         return None
-    if not torch.compiler.is_compiling():
-        # The answer stays on the tensor until it is written to; inference tensors do not tell when.
-        version = None if position_ids.is_inference() else position_ids._version
-        known, packed = getattr(position_ids, "_fastlora_packed", (None, False))
-        if known is None or known != version:
-            packed = bool((position_ids.diff(dim=-1) != 1).any())
-            position_ids._fastlora_packed = version, packed  # type: ignore[attr-defined]
-        if not packed:
-            return None
-    return position_ids.expand(batch, -1)
-
-
-def _why_not(query, key, mask, positions, window, dropout) -> str | None:
-    if mask is not None and mask.dim() != 2:
-        return "a mask of the caller's own: SDPA"
-    if dropout:
-        return "attention dropout: SDPA"
+    if name in flash_attn.PACKAGES:
+        return flash_attn.why_not(name, query, mask.kind, dropout)
     if not 32 <= query.shape[-1] <= 256:
-        return f"head dimension {query.shape[-1]}: SDPA"
+        return f"head dimension {query.shape[-1]}"
     return why_not_plain(query, key)
 
 
-def _plain(query, key, mask, positions, window) -> bool:
-    """Whether SDPA's own causal flag says all there is to say."""
-    return mask is None and positions is None and window is None
-
-
-def _chosen_sdpa(query, key, mask, positions, window) -> bool:
-    forced = os.environ.get("FASTLORA_ATTENTION")
-    if forced not in (None, "flash", "sdpa"):
-        raise ValueError(f"FASTLORA_ATTENTION is {forced!r}, needs 'flash' or 'sdpa'")
-    return forced == "sdpa" if forced else _plain(query, key, mask, positions, window)
-
-
-def _full_mask(query, key, padding, positions, window) -> torch.Tensor | None:
+def _full(query: torch.Tensor, mask: Mask) -> torch.Tensor | None:
     """The (B, 1, T, T) mask that says the same; None where SDPA's own causal flag does."""
-    if _plain(query, key, padding, positions, window):
+    if mask.kind == "plain":
         return None
-    keys = torch.arange(key.shape[2], device=query.device)
-    at = keys[:, None]
-    seen = (keys <= at)[None]
-    if window is not None:
-        seen = seen & (keys > at - window)
-    if positions is not None:
-        seen = seen & (keys >= at - positions[:, :, None])
-    if padding is not None:
-        seen = seen & padding[:, None, :].bool()
+    keys = torch.arange(query.shape[2], device=query.device)
+    seen = (keys <= keys[:, None])[None]
+    if mask.positions is not None:
+        seen = seen & (keys >= keys[:, None] - mask.positions[:, :, None])
+    if mask.padding is not None:
+        seen = seen & mask.padding[:, None]
     return seen[:, None]

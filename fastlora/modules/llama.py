@@ -69,31 +69,17 @@ class LlamaMLP(Fused, hf.LlamaMLP):
 
 
 class LlamaAttention(Fused, hf.LlamaAttention):
+    def _attends(self) -> bool:
+        """Whether it chooses the attention: where the user's choice is SDPA, transformers' default."""
+        return "flash_attention" in self._fastlora.ops and self.config._attn_implementation == attention.SDPA
+
     def parts(self) -> list[Part]:
         rotation = "fastlora rope" if "rope" in self._fastlora.ops else "transformers rope"
-        name = self.config._attn_implementation
-        kernel = f"transformers {name}"
-        if name == attention.NAME:
-            kernel = "fastlora flash_attention, SDPA where nothing is padded or packed"
+        kernel = f"transformers {self.config._attn_implementation}"
+        if self._attends():
+            kernel = attention.describe(self.q_proj.weight.device)
         projections = (lora.part(self, n) for n in ("q_proj", "k_proj", "v_proj", "o_proj"))
         return [Part("", rotation, None), Part("attention", kernel, None), *projections]
-
-    def plug(self) -> None:
-        # One config serves all layers: the first sets it, and takes it back.
-        if "flash_attention" in self._fastlora.ops and self.config._attn_implementation == "sdpa":
-            attention.register()
-            self._fastlora.attention = "sdpa"
-            self.config._attn_implementation = attention.NAME
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if self._fastlora.attention is not None:
-            attention.register()
-
-    def unplug(self) -> None:
-        if self._fastlora.attention is not None and self.config._attn_implementation == attention.NAME:
-            self.config._attn_implementation = self._fastlora.attention
-        self._fastlora.attention = None
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         q, k, v = lora.group(self, ("q_proj", "k_proj", "v_proj"), hidden_states)
@@ -114,6 +100,7 @@ class LlamaAttention(Fused, hf.LlamaAttention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
+        fastlora_mask: attention.Mask | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, tokens = q.shape[:-1]
@@ -122,16 +109,21 @@ class LlamaAttention(Fused, hf.LlamaAttention):
         why = why_not_plain(q, k, cos, sin) if "rope" in self._fastlora.ops else "rope is not among the chosen ops"
         self.count("", why)
         q, k = hf.apply_rotary_pos_emb(q, k, cos, sin) if why else rope(q, k, cos, sin)
+        mask, decoding = fastlora_mask, past_key_values is not None and not self.training
         if past_key_values is not None:
             # transformers 4 caches may read the tables; transformers 5 ignores the argument.
             tables = {"sin": sin, "cos": cos, "cache_position": kwargs.get("cache_position")}
             k, v = past_key_values.update(k, v, self.layer_idx, tables)
             # As transformers: position_ids tell packed sequences apart only where there is no cache.
             kwargs["position_ids"] = None
-        name = self.config._attn_implementation
-        attend = hf.eager_attention_forward if name == "eager" else hf.ALL_ATTENTION_FUNCTIONS[name]
+            mask = mask and mask.over_cache()
         dropout: Any = self.attention_dropout if self.training else 0.0
-        out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        if self._attends():
+            out, weights = attention.attend(self, q, k, v, attention_mask, mask, decoding, self.scaling, dropout)
+        else:
+            name = self.config._attn_implementation
+            attend = hf.eager_attention_forward if name == "eager" else hf.ALL_ATTENTION_FUNCTIONS[name]
+            out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return out.reshape(batch, tokens, -1).contiguous(), weights
 
 
@@ -180,6 +172,8 @@ class LlamaDecoderLayer(Fused, hf.LlamaDecoderLayer):
             return memory.checkpoint(self.mlp.normed, x, self.post_attention_layernorm)
         if policy == memory.KEEP:
             return self._layer(why, hidden_states, *args, **kwargs)
+        if kwargs.get("past_key_values") is not None and (mask := kwargs.get("fastlora_mask")):
+            kwargs["fastlora_mask"] = mask.over_cache()
         # As under transformers' own checkpointing: the second forward would write to the cache again.
         kwargs["past_key_values"] = None
         return memory.checkpoint(self._layer, why, hidden_states, *args, **kwargs)
@@ -189,6 +183,14 @@ class LlamaDecoderLayer(Fused, hf.LlamaDecoderLayer):
             return super().forward(hidden_states, *args, **kwargs)
         x = self.self_attn.normed(hidden_states, self.input_layernorm, **kwargs)
         return self.mlp.normed(x, self.post_attention_layernorm)
+
+
+class LlamaModel(Fused, hf.LlamaModel):
+    def parts(self) -> list[Part]:
+        return []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs | attention.mask_arguments(self, args, kwargs))
 
 
 class LlamaForCausalLM(Fused, hf.LlamaForCausalLM):

@@ -13,19 +13,19 @@ def _unit_stride(x):
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, key_padding_mask, position_ids, scale, causal, window):
-        out, lse = torch.ops.fastlora.flash_attention_fwd(
-            q, k, v, key_padding_mask, position_ids, scale, causal, window
-        )
-        ctx.save_for_backward(q, k, v, out, lse, key_padding_mask, position_ids)
-        ctx.arguments = scale, causal, window
+    def forward(ctx, q, k, v, key_padding_mask, position_ids, seed, *arguments):
+        tensors = q, k, v, key_padding_mask, position_ids
+        out, lse = torch.ops.fastlora.flash_attention_fwd(*tensors, *arguments, seed)
+        ctx.save_for_backward(q, k, v, out, lse, key_padding_mask, position_ids, seed)
+        ctx.arguments = arguments
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        grads = torch.ops.fastlora.flash_attention_bwd(_unit_stride(dout), *ctx.saved_tensors, *ctx.arguments)
-        return *grads, None, None, None, None, None
+        *tensors, seed = ctx.saved_tensors
+        grads = torch.ops.fastlora.flash_attention_bwd(_unit_stride(dout), *tensors, *ctx.arguments, seed)
+        return *grads, *(None,) * 7
 
 
 def _packed_positions(cu_seqlens: torch.Tensor, T: int) -> torch.Tensor:
@@ -69,8 +69,9 @@ def flash_attention(
         position_ids: (B, T) or (1, T), int32 or int64, for packed batches: the position of every token in its own
             sequence. Read on the device, with no host synchronisation. Not together with cu_seqlens.
         window: keys a query sees, itself included, as transformers' sliding_window.
-        dropout_p: must be 0. Masks would have to be drawn anew in all three kernels; models that train with attention
-            dropout (Llama 2 does not) are served by torch.nn.functional.scaled_dot_product_attention.
+        dropout_p: the rate at which probabilities, once summed, are set to 0; the others are multiplied by
+            1 / (1 − dropout_p). Nothing is kept in memory: the mask is a function of place and of a seed, drawn
+            from torch's CPU generator. Gradient checkpointing replays it, and nothing waits for the device.
 
     Returns:
         (B, H, T, D), dtype of q, in (B, T, H, D) memory, so that ``out.transpose(1, 2)`` is contiguous. Saved for
@@ -78,9 +79,8 @@ def flash_attention(
 
     Raises:
         ValueError, TypeError: a wrong shape, device or combination of arguments, or dtype, by the name of the argument.
-        NotImplementedError: dropout_p other than 0.
 
-    Source: Dao, FlashAttention-2, arXiv:2307.08691.
+    Source: Dao, FlashAttention-2, arXiv:2307.08691. Philox: Salmon et al., Parallel random numbers, SC 2011.
     """
     op = "flash_attention"
     q, k, v = _check.autocast(q.device, q, k, v)
@@ -120,11 +120,10 @@ def flash_attention(
     scale = D**-0.5 if scale is None else float(scale)
     if not scale > 0:
         raise ValueError(f"{op}: scale is {scale}, needs more than 0")
-    if dropout_p:
-        raise NotImplementedError(
-            f"{op}: dropout_p is {dropout_p}, needs 0; for attention dropout use scaled_dot_product_attention"
-        )
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"{op}: dropout_p is {dropout_p}, needs a probability")
+    seed = torch.randint(2**62, ()) if dropout_p else None
     if cu_seqlens is not None:
         position_ids = _packed_positions(cu_seqlens, T)
     tensors = map(_unit_stride, (q, k, v, key_padding_mask, position_ids))
-    return _FlashAttention.apply(*tensors, scale, causal, window)
+    return _FlashAttention.apply(*tensors, seed, scale, causal, window, float(dropout_p))

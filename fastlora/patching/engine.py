@@ -90,15 +90,12 @@ def _states(model: nn.Module) -> dict[nn.Module, tuple[type, State | None]]:
 
 
 def _become(module: nn.Module, cls: type[nn.Module], state: State | None) -> None:
-    if isinstance(module, Fused):
-        module.unplug()
     if "forward" in module.__dict__ and not instance_forward(module):
         del module.__dict__["forward"]
     module.__class__ = rewrapped(module, cls)
     module.__dict__.pop("_fastlora", None)
     if isinstance(module, Fused) and state is not None:
         module.__dict__["_fastlora"] = state
-        module.plug()
 
 
 def _restore(states: dict[nn.Module, tuple[type, State | None]]) -> None:
@@ -109,9 +106,8 @@ def _restore(states: dict[nn.Module, tuple[type, State | None]]) -> None:
 def patch(model: Model, ops: Iterable[str] | None = None, strict: bool = False, memory: str | int = "fast") -> Model:
     """Fuse the Llama modules of ``model`` in place, before or after ``get_peft_model``, and return it.
 
-    Only this model changes: the class of its modules, and, where attention was SDPA's, the name of the implementation
-    in its config. Parameters, state_dict and hooks stay. What has no fused form keeps its own forward;
-    ``explain(model)`` says what and why. A second call chooses anew.
+    Only this model changes, and of it only the class of its modules. Parameters, state_dict, hooks and config stay.
+    What has no fused form keeps its own forward; ``explain(model)`` says what and why. A second call chooses anew.
 
     Args:
         model: a LlamaForCausalLM, or anything that contains one (a PeftModel, a wrapper).

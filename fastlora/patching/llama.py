@@ -20,5 +20,6 @@ TABLE = (
     Swap(hf.LlamaMLP, fast.LlamaMLP, ops={"swiglu", "lora_linear"}, unless=_not_silu),
     Swap(hf.LlamaAttention, fast.LlamaAttention, ops={"flash_attention", "lora_linear", "rope"}),
     Swap(hf.LlamaDecoderLayer, fast.LlamaDecoderLayer, ops={"rms_norm", "lora_linear"}),
+    Swap(hf.LlamaModel, fast.LlamaModel, ops={"flash_attention"}),
     Swap(hf.LlamaForCausalLM, fast.LlamaForCausalLM, ops={"linear_cross_entropy"}),
 )

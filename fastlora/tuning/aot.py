@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +53,25 @@ class Compiled:
     registers: int
     spilled: int  # bytes of local memory per thread; these kernels have no arrays, so that all of it is spills
     shared: int
+    cubin: bytes = field(default=b"", repr=False)
 
     def __str__(self) -> str:
         numbers = f"{self.registers:3d} registers {self.spilled:5d} B spilled {self.shared:6d} B shared"
         return f"sm_{self.arch} {self.kernel.strip('_'):26s} {numbers}  {self.options}"
 
 
-def _registers_and_spills(cubin: bytes) -> tuple[int, int]:
-    """Of the machine code itself: which ptxas makes it, with which options, is Triton's affair, by version."""
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def cuobjdump(cubin: bytes, option: str) -> str:
+    """What NVIDIA's tool, which Triton brings along, says of machine code."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(cuobjdump), "--dump-resource-usage", file.name]
-        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return subprocess.run([str(tool), option, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def _registers_and_spills(cubin: bytes) -> tuple[int, int]:
+    """Of the machine code itself: which ptxas makes it, with which options, is Triton's affair, by version."""
+    report = cuobjdump(cubin, "--dump-resource-usage")
     found = {word: int(number) for word, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     registers, stack, local = found["REG"], found["STACK"], found["LOCAL"]
     return registers, stack + local
@@ -88,8 +93,9 @@ def compiling(arch: int) -> Iterator[dict[str, Compiled]]:
         meta = options(choice, meta)
         result = kernel.warmup(*args, grid=grid, **meta)
         if result.hash not in results:
-            resources = _registers_and_spills(result.asm["cubin"])
-            results[result.hash] = Compiled(kernel.fn.__name__, arch, _words(meta), *resources, result.metadata.shared)
+            cubin, shared = result.asm["cubin"], result.metadata.shared
+            resources = _registers_and_spills(cubin)
+            results[result.hash] = Compiled(kernel.fn.__name__, arch, _words(meta), *resources, shared, cubin)
 
     loaded: list[Any] = [m for path, m in sys.modules.items() if path.startswith("fastlora.kernels.")]
     modules = [module for module in loaded if hasattr(module, "launch")]

@@ -95,17 +95,44 @@ def quantised(model, dtype):
     dequantize_4bit.dequantize_4bit(packed, meta(n // 64, dtype=torch.uint8), code, *second, 64, 256, n, dtype)
 
 
-def attention(model, dtype):
-    """Causal; with padding; packed."""
-    hidden, _, heads, kv_heads = MODELS[model]
-    q = meta(2, M, heads, hidden // heads, dtype=dtype).transpose(1, 2)
-    k = meta(2, M, kv_heads, hidden // heads, dtype=dtype).transpose(1, 2)
-    real, positions = meta(2, M, dtype=torch.bool), meta(1, M, dtype=torch.int64)
+def attend(heads, kv_heads, dtype, D, *masks, p=0.0):
+    """Forward and backward of one head dimension under each of the masks: "causal", "padded", "packed"."""
+    q = meta(2, M, heads, D, dtype=dtype).transpose(1, 2)
+    k = meta(2, M, kv_heads, D, dtype=dtype).transpose(1, 2)
     lse = meta(2, heads, M, dtype=FP32)
-    for masks in ((None, None), (real, None), (None, positions)):
-        flash_attention.flash_attention_fwd(q, k, k, *masks, 0.1, True, None)
-        flash_attention.flash_attention_bwd(q, q, k, k, q, lse, *masks, 0.1, True, None)
-    flash_attention.flash_attention_fwd(q[:, :, :1], k, k, None, None, 0.1, True, None)
+    seed = torch.tensor(2**61) if p else None
+    for mask in masks:
+        real = meta(2, M, dtype=torch.bool) if mask == "padded" else None
+        positions = meta(1, M, dtype=torch.int64) if mask == "packed" else None
+        arguments = real, positions, 0.1, True, None, p, seed
+        flash_attention.flash_attention_fwd(q, k, k, *arguments)
+        flash_attention.flash_attention_bwd(q, q, k, k, q, lse, *arguments)
+
+
+def attention(model):
+    """Of Llama 2 in bf16, and the shortest of queries."""
+    _, _, heads, kv_heads = MODELS[model]
+    attend(heads, kv_heads, BF16, 128, "causal", "padded", "packed")
+    q, k = meta(2, heads, 1, 128, dtype=BF16), meta(2, kv_heads, M, 128, dtype=BF16)
+    flash_attention.flash_attention_fwd(q, k, k, None, None, 0.1, True, None)
+
+
+def attention_in_halves(model):
+    """Of other head dimensions, and in fp16."""
+    attend(32, 8, BF16, 64, "causal", "padded", "packed")
+    attend(32, 8, FP16, 128, "causal")
+    attend(32, 8, BF16, 256, "padded")
+
+
+def attention_in_fp32(model):
+    for D in (64, 128):
+        attend(32, 8, FP32, D, "padded")
+
+
+def attention_dropout(model):
+    attend(32, 8, BF16, 64, "padded", p=0.1)
+    attend(32, 8, BF16, 128, "causal", "padded", "packed", p=0.1)
+    attend(32, 8, BF16, 256, "padded", p=0.1)
 
 
 # dtype of the base, of the adapters, rank, dropout: most of PEFT's fp32 masters over bf16, some of the others.
@@ -119,8 +146,11 @@ ADAPTERS = [
 ]
 LAUNCHES = {
     "the rest": (without_adapters, [(dtype,) for dtype in (BF16, FP16, FP32)]),
-    "attention": (attention, [(dtype,) for dtype in (BF16, FP16, FP32)]),
     "4-bit weights": (quantised, [(dtype,) for dtype in (BF16, FP16, FP32)]),
+    "attention": (attention, [()]),
+    "attention, other heads": (attention_in_halves, [()]),
+    "attention, fp32": (attention_in_fp32, [()]),
+    "attention, dropout": (attention_dropout, [()]),
 }
 for dtype, masters, r, dropped in ADAPTERS:
     words = f"{str(dtype)[6:]}, {str(masters)[6:]} adapters of rank {r}{', dropout' * dropped}"

@@ -14,9 +14,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 pytest.importorskip("triton")
 
-from kernels.launches import LAUNCHES, resources
+from kernels.launches import LAUNCHES, MODELS, resources
 
-from fastlora.tuning.aot import SHARED_LIMIT
+from fastlora.kernels import _tiles, flash_attention
+from fastlora.kernels._rows import UNSCREENED
+from fastlora.tuning.aot import SHARED_LIMIT, cuobjdump
 
 ARCHS = (80, 90)
 
@@ -37,3 +39,29 @@ def test_fits_the_registers_and_the_shared_memory_of(arch, name, compilations):
     assert compiled
     over = [str(one) for one in compiled if one.spilled or one.shared > SHARED_LIMIT[arch]]
     assert not over, "\n".join(["over the limits:", *over])
+
+
+def test_every_tile_of_attention_is_among_them(monkeypatch):
+    seen = set()
+    monkeypatch.setattr(flash_attention, "launch", lambda *_, choice, **meta: seen.add(_tiles._row_name(choice.call)))
+    for name, (function, _) in LAUNCHES.items():
+        if name.startswith("attention"):
+            for model in MODELS:
+                function(model)
+    screened = {row.kernel for row in _tiles.ROWS if row.provenance != UNSCREENED}
+    assert seen == {kernel for kernel in screened if kernel.startswith("flash_attention")}
+
+
+# The multiplier of Philox.
+PHILOX = "0xd2511f53"
+
+
+@pytest.mark.parametrize("name", ["attention", "attention, dropout"])
+def test_attention_on_sm_80_takes_tensor_cores_and_asynchronous_copies(name, compilations):
+    """And draws no random number without dropout."""
+    found = compilations[80, name].result()
+    assert {one.kernel for one in found} == {f"flash_attention_{kernel}_kernel" for kernel in ("fwd", "dq", "dkdv")}
+    for one in found:
+        code = cuobjdump(one.cubin, "-sass")
+        assert "HMMA.16816.F32" in code and "LDGSTS" in code, str(one)
+        assert (PHILOX in code.lower()) == (name == "attention, dropout"), str(one)

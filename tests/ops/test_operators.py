@@ -27,7 +27,8 @@ def samples() -> dict[str, list[tuple]]:
     labels = torch.tensor([3, 0, 39, 7, 1])
     q, k = normal(2, 4, 6, 32).transpose(1, 2).contiguous().transpose(1, 2), normal(2, 2, 6, 32)
     cos, sin = normal(2, 6, 32), normal(1, 6, 32)
-    out, lse = torch.ops.fastlora.flash_attention_fwd(q, k, k, None, None, 0.2, True, None)
+    out, lse = torch.ops.fastlora.flash_attention_fwd(q, k, k, None, None, 0.2, True, None, 0.0, None)
+    seed = torch.tensor(1234)
     real, positions = torch.ones(2, 6, dtype=torch.bool), torch.arange(6)[None]
     return {
         "rms_norm_fwd": [(x, norm, 1e-6), (half, norm, 1e-6)],
@@ -58,8 +59,14 @@ def samples() -> dict[str, list[tuple]]:
             (packed, rstd.repeat(3), code, None, None, None, 64, 1, 901, torch.bfloat16),
             (packed, packed[:15], code, rstd, normal(256), norm[:1], 64, 4, 902, torch.float32),
         ],
-        "flash_attention_fwd": [(q, k, k, None, None, 0.2, True, None), (q, k, k, real, positions, 0.2, True, 3)],
-        "flash_attention_bwd": [(out, q, k, k, out, lse, None, None, 0.2, True, None)],
+        "flash_attention_fwd": [
+            (q, k, k, None, None, 0.2, True, None, 0.0, None),
+            (q, k, k, real, positions, 0.2, True, 3, 0.1, seed),
+        ],
+        "flash_attention_bwd": [
+            (out, q, k, k, out, lse, None, None, 0.2, True, None, 0.0, None),
+            (out, q, k, k, out, lse, None, None, 0.2, True, None, 0.1, seed),
+        ],
     }
 
 

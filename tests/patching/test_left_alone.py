@@ -352,13 +352,12 @@ def test_custom_mask():
 
 
 def test_attention_dropout():
-    """SDPA's, from the same seed: the same."""
+    """Where nothing is masked SDPA's, from the same seed: the same."""
     seeded = partial(step, seed=1)
     model = lora(llama(attention_dropout=0.5))
     expected = seeded(model)["loss"]
     fastlora.patch(model, ops={"flash_attention"})
     assert torch.equal(seeded(model)["loss"], expected)
-    assert "dropout" in row(model, ".self_attn.attention").why
 
 
 def test_gradients_reach_what_is_trained():

@@ -99,7 +99,6 @@ def test_another_model_is_unaffected():
     assert all(r.why == "not patched" for r in fastlora.explain(other).rows)
 
 
-@pytest.mark.xfail(strict=True, reason="the name of the attention stands in the config, which both models hold")
 def test_another_model_of_the_same_config_is_unaffected():
     model = llama()
     other = type(model)(model.config)

@@ -62,7 +62,7 @@ def stages(results: Path, rehearse: bool) -> list[Stage]:
         Stage("train_step", 150, ["bench", "train_step", *into, *step]),
         Stage("attention", 50, ops("attention")),
         Stage("elementwise", 70, ops("rms_norm", "swiglu", "rope")),
-        Stage("products", 90, ops("lora_group", "lora_linear", "linear_cross_entropy")),
+        Stage("products", 90, ops("lora_group", "lora_mlp", "lora_linear", "linear_cross_entropy")),
         Stage("counted", 30, ["bench", "launches", *into]),
     ]
     if not rehearse:

@@ -18,6 +18,7 @@ NAMES = (
     "swiglu",
     "lora_linear",
     "lora_group",
+    "lora_mlp",
     "linear_cross_entropy",
     "attention",
     "lora_gemm",

@@ -1,8 +1,7 @@
-"""Half a decoder layer at a time: projections that share an input, with what makes that input; fp32 adapters, rank R.
+"""Projections that share an input, with the norm that makes that input; fp32 adapters, rank R.
 
-qkv   q, k, v = LoRA projections of rms_norm(x)          P = 3, N each
-mlp   gate, up = LoRA projections of rms_norm(x)         P = 2, N each
-down  residual + LoRA projection of silu(gate) · up      P = 1, K = ffn
+qkv       q, k, v = LoRA projections of rms_norm(x)          P = 3, N each
+gate_up   gate, up = LoRA projections of rms_norm(x)         P = 2, N each
 
 FLOPs: 2·M·N·K·P and LoRA's 2·M·R·(K + N)·P forward; as much for the base and twice that for LoRA backward. Bytes:
 inputs, weights and outputs once forward; outputs' gradients, weights, inputs and their gradients backward.
@@ -22,19 +21,18 @@ from ..case import Case, Inputs, New, Provider, Work
 from ..providers import compiled
 
 SHAPES = {
-    "cpu": [("qkv", 2048, 1024, 1024, 16), ("mlp", 2048, 1024, 2752, 16), ("down", 2048, 2752, 1024, 16)],
-    "cuda": [("qkv", 8192, 4096, 4096, 16), ("mlp", 8192, 4096, 11008, 16), ("down", 8192, 11008, 4096, 16)],
-    "quick": [("qkv", 48, 64, 64, 8), ("mlp", 48, 64, 96, 8), ("down", 48, 96, 64, 8)],
+    "cpu": [("qkv", 2048, 1024, 1024, 16), ("gate_up", 2048, 1024, 2752, 16)],
+    "cuda": [("qkv", 8192, 4096, 4096, 16), ("gate_up", 8192, 4096, 11008, 16)],
+    "quick": [("qkv", 48, 64, 64, 8), ("gate_up", 48, 64, 96, 8)],
 }
-_P = {"qkv": 3, "mlp": 2, "down": 1}
+_P = {"qkv": 3, "gate_up": 2}
 SCALING, EPS = 2.0, 1e-5
 
 
 def cases(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     for block, M, K, N, R in SHAPES["quick" if quick else device]:
         e, P = dtype.itemsize, _P[block]
-        inner = 2 * M * K if block == "down" else M * K  # gate and up, or x
-        outer = M * N * P + (M * N if block == "down" else 0)  # and the residual
+        inner, outer = M * K, M * N * P
         base, lora = 2 * M * N * K * P, 2 * M * R * (K + N) * P
         names = [f"{letter}{i}" for letter in "wab" for i in range(P)]
         adapters = tuple(name for name in names if name[0] != "w")
@@ -43,8 +41,8 @@ def cases(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
             shape={"M": M, "K": K, "N": N, "R": R},
             inputs=lambda new, shape=(block, M, K, N, R): _inputs(new, *shape),
             reference=_eager,
-            wrt=(*(("gate", "up", "residual") if block == "down" else ("x",)), *adapters),
-            weights=(*names, *(() if block == "down" else ("norm",))),
+            wrt=("x", *adapters),
+            weights=(*names, "norm"),
             forward=Work((inner + N * K * P + outer) * e, base + lora),
             backward=Work((2 * inner + N * K * P + outer) * e, base + 2 * lora),
             providers=(
@@ -57,11 +55,7 @@ def cases(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
 
 
 def _inputs(new: New, block: str, M: int, K: int, N: int, R: int) -> Inputs:
-    made: Inputs = {}
-    if block == "down":
-        made |= {"gate": new(M, K), "up": new(M, K), "residual": new(M, N)}
-    else:
-        made |= {"x": new(M, K), "norm": 1 + new(K, scale=0.1)}
+    made: Inputs = {"x": new(M, K), "norm": 1 + new(K, scale=0.1)}
     for i in range(_P[block]):
         made |= {
             f"w{i}": new(N, K, scale=K**-0.5),
@@ -82,10 +76,7 @@ def _projections(inputs: Inputs) -> list[tuple]:
 
 def _through(ops) -> object:
     def run(**inputs):
-        projections = _projections(inputs)
-        if "gate" in inputs:
-            return ops.swiglu_lora(inputs["gate"], inputs["up"], projections[0], inputs["residual"])
-        return ops.lora_group(inputs["x"], projections, norm_weight=inputs["norm"], eps=EPS)[:-1]
+        return ops.lora_group(inputs["x"], _projections(inputs), norm_weight=inputs["norm"], eps=EPS)[:-1]
 
     return run
 
@@ -93,30 +84,20 @@ def _through(ops) -> object:
 _ours, _eager = _through(fastlora.ops), _through(reference)
 
 
-def _input(inputs: Inputs) -> torch.Tensor:
-    if "gate" in inputs:
-        return reference.swiglu(inputs["gate"], inputs["up"])
-    return reference.rms_norm(inputs["x"], inputs["norm"], EPS)
-
-
-def _sum(inputs: Inputs, y: list[torch.Tensor]) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    return inputs["residual"] + y[0] if "gate" in inputs else tuple(y)
-
-
 def _peft(**inputs):
     """The modules of transformers and PEFT one after the other, without autocast: x goes to fp32 for every adapter."""
-    n = _input(inputs)
+    n = reference.rms_norm(inputs["x"], inputs["norm"], EPS)
     y = []
     for w, _, ((a, b, scaling, _),) in _projections(inputs):
         base = F.linear(n, w)
         y.append((base + F.linear(F.linear(n.to(a.dtype), a), b) * scaling).to(base.dtype))
-    return _sum(inputs, y)
+    return tuple(y)
 
 
 def _base(**inputs):
     """Without adapters; zeros keep them in the graph without a product."""
-    n = _input(inputs)
+    n = reference.rms_norm(inputs["x"], inputs["norm"], EPS)
     y = []
     for w, _, ((a, b, _, _),) in _projections(inputs):
         y.append(F.linear(n, w) + (a[0, 0] * 0 + b[0, 0] * 0).to(n.dtype))
-    return _sum(inputs, y)
+    return tuple(y)

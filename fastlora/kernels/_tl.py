@@ -90,3 +90,17 @@ def swizzle(pid, grid_m, grid_n, GROUP_M: tl.constexpr):
     i_m = group * GROUP_M + (pid % width) % rows
     i_n = (pid % width) // rows
     return i_m, i_n
+
+
+@triton.jit
+def normalised(b_x, b_rstd, b_w):
+    """w · (x · rstd) of a tile in Hugging Face's rounding: x · rstd takes the dtype of x first; b_w (1, n) fp32."""
+    return b_w * (b_x.to(tl.float32) * b_rstd[:, None]).to(b_x.dtype).to(tl.float32)
+
+
+@triton.jit
+def silu_mul(b_gate, b_up):
+    """silu(gate) · up in the dtype of gate, in Hugging Face's rounding: silu(gate) is rounded before it meets up."""
+    b_gf = b_gate.to(tl.float32)
+    b_silu = (b_gf * tl.sigmoid(b_gf)).to(b_gate.dtype).to(tl.float32)
+    return (b_silu * b_up.to(tl.float32)).to(b_gate.dtype)

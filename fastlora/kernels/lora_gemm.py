@@ -1,6 +1,7 @@
 """The wide products of LoRA, base and low-rank in one pass.
 
-    lora_gemm     y_i = x W_iᵀ + s_i B_iᵀ + bias_i + residual       every projection of one x in one launch
+    lora_gemm     y_i = x W_iᵀ + s_i B_iᵀ + bias_i + residual       every projection of one x in one launch,
+                                                                    queries and keys rotated before they are stored
     lora_gemm_t   dx = Σ_i dy_i W_i + Σ_g mask_g ∘ (ds_g A_g)       every projection into one accumulator
 
 Three exact ways to compute y, chosen by FASTLORA_GEMM or the row of the architecture:
@@ -15,18 +16,31 @@ from collections.abc import Sequence
 
 import torch
 
+from . import rope as _rope  # noqa: F401  registers the operator
 from ._library import register
 from ._tiles import choose
-from ._tl import cdiv, dot_precision, launch, swizzle, tl, triton
+from ._tl import cdiv, dot_precision, launch, next_power_of_2, swizzle, tl, triton
 from .dropout import apply_mask, keep
 from .lora_project import block_r
 
 
 @triton.jit
+def _rotated(acc, p_cos, p_sin, o_t, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rotary embedding of whole heads of D columns by rows o_t of the tables, rotate-half convention."""
+    HALF: tl.constexpr = D // 2
+    o = o_t[:, None] * D + tl.arange(0, HALF)[None, :]
+    b_1, b_2 = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, BLOCK_N // D, 2, HALF]), (0, 1, 3, 2)))
+    b_c1, b_c2 = tl.load(p_cos + o).to(tl.float32), tl.load(p_cos + o + HALF).to(tl.float32)
+    b_s1, b_s2 = tl.load(p_sin + o).to(tl.float32), tl.load(p_sin + o + HALF).to(tl.float32)
+    b_y = tl.join(b_1 * b_c1[:, None, :] - b_2 * b_s1[:, None, :], b_2 * b_c2[:, None, :] + b_1 * b_s2[:, None, :])
+    return tl.reshape(tl.permute(b_y, (0, 1, 3, 2)), [BLOCK_M, BLOCK_N])
+
+
+@triton.jit
 def _lora_gemm_kernel(
-    p_x, p_w, p_s, p_b, p_bias, p_residual, p_y, M, K, N, tiles_n,
+    p_x, p_w, p_s, p_b, p_bias, p_residual, p_cos, p_sin, p_y, M, K, N, tiles_n, rotated, tables,
     RANKS: tl.constexpr, R: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     i_m, i_n = swizzle(tl.program_id(0), tl.cdiv(M, BLOCK_M), tiles_n, 8)
@@ -39,6 +53,7 @@ def _lora_gemm_kernel(
             first, start = next_first, next_start
         next_first += RANKS[i]
         next_start += tl.cdiv(N[i], BLOCK_N)
+    rotate = i_n < rotated
     i_n -= start
     # Rows and columns past the edge read valid memory and are not stored.
     o_m = ((i_m * BLOCK_M + tl.arange(0, BLOCK_M)) % M).to(tl.int64)
@@ -65,6 +80,9 @@ def _lora_gemm_kernel(
         p_wk += BLOCK_K
     if HAS_BIAS:
         acc += tl.load(p_biasi + o_n).to(tl.float32)[None, :]
+    if D > 0:
+        if rotate:
+            acc = _rotated(acc, p_cos, p_sin, o_m % tables, D, BLOCK_M, BLOCK_N)
     o_m = (i_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o = o_m[:, None] * n + o_n[None, :]
@@ -123,46 +141,70 @@ Tensors = Sequence[torch.Tensor]
 Optionals = Sequence[torch.Tensor | None]
 
 
+def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> Tensors:
+    """q and k (M, heads · D) rotated by tables (1 or B, T, D), or back; M = B · T."""
+    T, D = cos.shape[1:]
+    if not q.numel():
+        return q, k
+    heads = (one.view(-1, T, one.shape[1] // D, D).transpose(1, 2) for one in (q, k))
+    return [one.transpose(1, 2).view(q.shape[0], -1) for one in torch.ops.fastlora.rope(*heads, cos, sin, inverse)]
+
+
 def lora_gemm(
-    x: torch.Tensor, w: Tensors, s: torch.Tensor, b: Tensors, bias: Optionals, residual: torch.Tensor | None
+    x: torch.Tensor,
+    w: Tensors,
+    s: torch.Tensor,
+    b: Tensors,
+    bias: Optionals,
+    residual: torch.Tensor | None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """y_i (M, N_i) = x (M, K) W_iᵀ + s_i (M, R_i) B_iᵀ + bias_i + residual, accumulated in fp32.
 
     s holds the s_i side by side; a B_i of no columns is no adapter. The residual goes with a single projection, whose
-    y takes the residual's dtype.
+    y takes the residual's dtype. With cos and sin (1 or B, T, D), M = B · T, the first two y, queries and keys, are
+    rotated as heads of D.
     """
     (M, K), N = x.shape, tuple(one.shape[0] for one in w)
     ranks = tuple(one.shape[1] for one in b)
     if not any(ranks):
-        return _gemm_aten(x, w, s, b, bias, residual)
-    choice = choose("lora_gemm", x, m=M, n=sum(N), k=K, r=sum(ranks), p=len(N))
+        return _gemm_aten(x, w, s, b, bias, residual, cos, sin)
+    size = {"m": M, "n": sum(N), "k": K, "r": sum(ranks), "p": len(N)}
+    D = 0 if cos is None else cos.shape[2]
+    choice = choose("lora_gemm_rotary" if D else "lora_gemm", x, **size)
+    if D and (D != next_power_of_2(D) or choice.tile.n % D):  # a tile rotates the heads that it holds whole
+        choice, D = choose("lora_gemm", x, **size), 0
     if choice.method == "addmm":
-        return _gemm_aten(x, w, s, b, bias, residual)
+        return _gemm_aten(x, w, s, b, bias, residual, cos, sin)
     if choice.method == "augmented":
-        return _gemm_augmented(x, w, s, b, bias, residual)
+        return _gemm_augmented(x, w, s, b, bias, residual, cos, sin)
     dtype = x.dtype if residual is None else residual.dtype
     y = [x.new_empty((M, n), dtype=dtype) for n in N]
     has_bias = any(one is not None for one in bias)
     biases = [x.new_zeros(n) if has_bias and one is None else one for one, n in zip(bias, N, strict=True)]
     t = choice.tile
-    tiles_n = sum(cdiv(n, t.n) for n in N)
+    tiles = [cdiv(n, t.n) for n in N]
     launch(
         _lora_gemm_kernel,
-        (cdiv(M, t.m) * tiles_n,),
-        *(x, tuple(w), s, tuple(b), tuple(biases) if has_bias else tuple(w), residual, tuple(y), M, K, N, tiles_n),
+        (cdiv(M, t.m) * sum(tiles),),
+        *(x, tuple(w), s, tuple(b), tuple(biases) if has_bias else tuple(w), residual),
+        *((cos, sin) if D else (None, None)),
+        *(tuple(y), M, K, N, sum(tiles), sum(tiles[:2]), cos.numel() // D if cos is not None and D else 1),
         choice=choice,
         RANKS=ranks,
         R=sum(ranks),
         HAS_BIAS=has_bias,
         HAS_RESIDUAL=residual is not None,
         EVEN_K=K % t.k == 0,
+        D=D,
         PRECISION=dot_precision(x.dtype),
         BLOCK_M=t.m,
         BLOCK_N=t.n,
         BLOCK_K=t.k,
         BLOCK_R=block_r(max(ranks), t.r),
     )
-    return y
+    return y if D else _finish(y, None, cos, sin)
 
 
 def lora_gemm_t(dy: Tensors, w: Tensors, ds: torch.Tensor, a: Tensors, masks: Optionals) -> torch.Tensor:
@@ -201,7 +243,14 @@ def _columns(s, ranks):
     return s.split(ranks, 1) if ranks else ()
 
 
-def _gemm_aten(x, w, s, b, bias, residual):
+def _finish(y, residual, cos, sin):
+    """What the epilogue of the Triton kernel does."""
+    if cos is not None:
+        y[:2] = rotate(y[0], y[1], cos, sin, False)
+    return y if residual is None else [residual + y[0]]
+
+
+def _gemm_aten(x, w, s, b, bias, residual, cos=None, sin=None):
     y = []
     for wi, bi, si, bias_i in zip(w, b, _columns(s, [one.shape[1] for one in b]), bias, strict=True):
         # The small product first: what the wide one is added to is rounded at the size of the small one.
@@ -211,15 +260,15 @@ def _gemm_aten(x, w, s, b, bias, residual):
             y.append(low.addmm_(x, wi.t()))
         else:
             y.append(x @ wi.t() if bias_i is None else torch.addmm(bias_i, x, wi.t()))
-    return y if residual is None else [residual + y[0]]
+    return _finish(y, residual, cos, sin)
 
 
-def _gemm_augmented(x, w, s, b, bias, residual):
+def _gemm_augmented(x, w, s, b, bias, residual, cos, sin):
     y = []
     for wi, bi, si, bias_i in zip(w, b, _columns(s, [one.shape[1] for one in b]), bias, strict=True):
         wide, weight = torch.cat((x, si), 1), torch.cat((wi, bi.to(x.dtype)), 1)
         y.append(wide @ weight.t() if bias_i is None else torch.addmm(bias_i, wide, weight.t()))
-    return y if residual is None else [residual + y[0]]
+    return _finish(y, residual, cos, sin)
 
 
 def _gemm_t_aten(dy, w, ds, a, masks):
@@ -234,13 +283,14 @@ def _gemm_t_aten(dy, w, ds, a, masks):
     return dx
 
 
-def _gemm_fake(x, w, s, b, bias, residual):
+def _gemm_fake(x, w, s, b, bias, residual, cos=None, sin=None):
     dtype = x.dtype if residual is None else residual.dtype
     return [x.new_empty((x.shape[0], one.shape[0]), dtype=dtype) for one in w]
 
 
 register(
-    "lora_gemm(Tensor x, Tensor[] w, Tensor s, Tensor[] b, Tensor?[] bias, Tensor? residual) -> Tensor[]",
+    "lora_gemm(Tensor x, Tensor[] w, Tensor s, Tensor[] b, Tensor?[] bias, Tensor? residual, Tensor? cos=None,"
+    " Tensor? sin=None) -> Tensor[]",
     triton=lora_gemm,
     aten=_gemm_aten,
     fake=_gemm_fake,

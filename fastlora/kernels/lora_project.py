@@ -12,7 +12,7 @@ import torch
 
 from ._library import register
 from ._tiles import choose
-from ._tl import cdiv, dot_precision, launch, next_power_of_2, tl, triton
+from ._tl import cdiv, dot_precision, launch, next_power_of_2, normalised, silu_mul, tl, triton
 from .dropout import apply_mask, keep
 
 _NONE, _RMS_NORM, _SWIGLU = 0, 1, 2
@@ -63,13 +63,9 @@ def _lora_project_kernel(
         b_x = tl.load(p_x + o_m[:, None] * K + o_k[None, :], mask=m, other=0.0)
         if PROLOGUE == 1:
             b_w = tl.load(p_weight + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
-            # Hugging Face's rounding: x·rstd, then the product in the wider of its two dtypes.
-            b_n = b_w * (b_x.to(tl.float32) * b_rstd[:, None]).to(b_x.dtype).to(tl.float32)
-            b_x = b_n.to(p_n.dtype.element_ty)
+            b_x = normalised(b_x, b_rstd, b_w).to(p_n.dtype.element_ty)
         if PROLOGUE == 2:
-            b_gate = b_x.to(tl.float32)
-            b_up = tl.load(p_up + o_m[:, None] * K + o_k[None, :], mask=m, other=0.0).to(tl.float32)
-            b_x = ((b_gate * tl.sigmoid(b_gate)).to(b_x.dtype).to(tl.float32) * b_up).to(b_x.dtype)
+            b_x = silu_mul(b_x, tl.load(p_up + o_m[:, None] * K + o_k[None, :], mask=m, other=0.0))
         if PROLOGUE != 0:
             if i_r == 0:
                 tl.store(p_n + o_m[:, None] * K + o_k[None, :], b_x, mask=m)

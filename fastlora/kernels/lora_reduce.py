@@ -1,7 +1,8 @@
 """The reductions over tokens that make the adapters' gradients: fp32 partial sums, added in a fixed order.
 
-lora_reduce    dA_g = ds_gᵀ (mask_g ∘ x)      (R_g, K), one after the other in one flat fp32 tensor
-lora_reduce_t  dB_i = dy_iᵀ s_i               (N_i, R_i), likewise
+lora_reduce          dA_g = ds_gᵀ (mask_g ∘ x)             (R_g, K), one after the other in one flat fp32 tensor
+lora_reduce_t        dB_i = dy_iᵀ s_i                      (N_i, R_i), likewise
+rms_norm_bwd_reduce  the norm's backward, and dA of what it normalised: n is remade while x is at hand, and not written
 """
 
 from __future__ import annotations
@@ -12,14 +13,33 @@ import torch
 
 from ._library import register
 from ._tiles import choose
-from ._tl import cdiv, dot_precision, launch, tl, triton
+from ._tl import cdiv, dot_precision, launch, normalised, tl, triton
 from .dropout import apply_mask, keep
 from .lora_project import block_r
+from .rms_norm import rms_norm_bwd
+
+
+@triton.jit
+def dot_kept(
+    acc, b_ds, b_x, o_m, m_m, o_k, m_k, o_r, K8, p_mask,
+    RANKS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + Σ_g ds_gᵀ (mask_g ∘ b_x), the ds_gᵀ one below the other in b_ds."""
+    first = 0
+    for g in tl.static_range(len(RANKS)):
+        if MASKED[g]:
+            m_g = (o_r >= first) & (o_r < first + RANKS[g])
+            b_g = tl.where(m_g[:, None], b_ds, 0.0).to(b_ds.dtype)
+            b_kept = tl.where(keep(p_mask[g], o_m, o_k, m_m, m_k, K8), b_x, 0.0).to(b_x.dtype)
+            acc = tl.dot(b_g, b_kept, acc, input_precision=PRECISION)
+            b_ds = tl.where(m_g[:, None], 0.0, b_ds).to(b_ds.dtype)
+        first += RANKS[g]
+    return tl.dot(b_ds, b_x, acc, input_precision=PRECISION)
 
 
 @triton.jit
 def _lora_reduce_kernel(
-    p_ds, p_x, p_mask, p_partial, M, K, K8, rows,
+    p_ds, p_x, p_weight, p_rstd, p_mask, p_partial, M, K, K8, rows,
     RANKS: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -27,22 +47,18 @@ def _lora_reduce_kernel(
     o_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     i_split = tl.program_id(2).to(tl.int64)
     m_k, m_r = o_k < K, o_r < R
+    if p_rstd is not None:
+        b_w = tl.load(p_weight + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
     acc = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
     for i_m in range(0, rows, BLOCK_M):
         o_m = i_split * rows + i_m + tl.arange(0, BLOCK_M)
         m_m = (o_m < M) & (i_m + tl.arange(0, BLOCK_M) < rows)
         b_ds = tl.load(p_ds + o_m[None, :] * R + o_r[:, None], mask=m_m[None, :] & m_r[:, None], other=0.0)
         b_x = tl.load(p_x + o_m[:, None] * K + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
-        first = 0
-        for g in tl.static_range(len(RANKS)):
-            if MASKED[g]:
-                m_g = (o_r >= first) & (o_r < first + RANKS[g])
-                b_g = tl.where(m_g[:, None], b_ds, 0.0).to(b_ds.dtype)
-                b_kept = tl.where(keep(p_mask[g], o_m, o_k, m_m, m_k, K8), b_x, 0.0).to(b_x.dtype)
-                acc = tl.dot(b_g, b_kept, acc, input_precision=PRECISION)
-                b_ds = tl.where(m_g[:, None], 0.0, b_ds).to(b_ds.dtype)
-            first += RANKS[g]
-        acc = tl.dot(b_ds, b_x, acc, input_precision=PRECISION)
+        if p_rstd is not None:
+            b_rstd = tl.load(p_rstd + o_m, mask=m_m, other=0.0)
+            b_x = normalised(b_x, b_rstd, b_w).to(b_ds.dtype)
+        acc = dot_kept(acc, b_ds, b_x, o_m, m_m, o_k, m_k, o_r, K8, p_mask, RANKS, MASKED, PRECISION)
     p = p_partial + (i_split * R + o_r[:, None]) * K + o_k[None, :]
     tl.store(p, acc, mask=m_r[:, None] & m_k[None, :])
 
@@ -79,7 +95,7 @@ def _lora_reduce_t_kernel(
         offset += N[i] * RANKS[i]
 
 
-def _splits(M: int, tiles: int, block_m: int) -> tuple[int, int]:
+def row_splits(M: int, tiles: int, block_m: int) -> tuple[int, int]:
     """How many runs of rows, and rows in each: about two programs for each of an A100's 108 SMs, 512 rows or more."""
     splits = max(1, min(cdiv(216, max(1, tiles)), cdiv(M, 512)))
     rows = cdiv(cdiv(M, splits), block_m) * block_m
@@ -90,29 +106,49 @@ Tensors = Sequence[torch.Tensor]
 Masks = Sequence[torch.Tensor | None]
 
 
-def lora_reduce(ds: torch.Tensor, x: torch.Tensor, ranks: Sequence[int], masks: Masks) -> torch.Tensor:
-    """dA_g (R_g, K) = ds_g (M, R_g)ᵀ (mask_g ∘ x (M, K)) for every adapter, flat, fp32."""
+def _reduce(name, ds, x, weight, rstd, ranks, masks):
     (M, K), R = x.shape, ds.shape[1]
     masked = tuple(mask is not None for mask in masks)
-    choice = choose("lora_reduce_dropout" if any(masked) else "lora_reduce", x, m=M, n=K, r=R, p=len(ranks))
+    choice = choose(name + "_dropout" if any(masked) else name, ds, m=M, n=K, r=R, p=len(ranks))
     t = choice.tile
     br = block_r(R, t.r)
-    splits, rows = _splits(M, cdiv(K, t.n) * cdiv(R, br), t.m)
+    splits, rows = row_splits(M, cdiv(K, t.n) * cdiv(R, br), t.m)
     partials = torch.empty((splits, R * K), dtype=torch.float32, device=x.device)
     launch(
         _lora_reduce_kernel,
         (cdiv(K, t.n), cdiv(R, br), splits),
-        *(ds, x, tuple(masks), partials, M, K, cdiv(K, 8), rows),
+        *(ds, x, weight, rstd, tuple(masks), partials, M, K, cdiv(K, 8), rows),
         choice=choice,
         RANKS=tuple(ranks),
         R=R,
         MASKED=masked,
-        PRECISION=dot_precision(x.dtype),
+        PRECISION=dot_precision(ds.dtype),
         BLOCK_M=t.m,
         BLOCK_K=t.n,
         BLOCK_R=br,
     )
     return partials.sum(0)
+
+
+def lora_reduce(ds: torch.Tensor, x: torch.Tensor, ranks: Sequence[int], masks: Masks) -> torch.Tensor:
+    """dA_g (R_g, K) = ds_g (M, R_g)ᵀ (mask_g ∘ x (M, K)) for every adapter, flat, fp32."""
+    return _reduce("lora_reduce", ds, x, None, None, ranks, masks)
+
+
+def rms_norm_bwd_reduce(
+    dn: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    rstd: torch.Tensor,
+    dresidual: torch.Tensor | None,
+    need_dw: bool,
+    ds: torch.Tensor,
+    ranks: Sequence[int],
+    masks: Masks,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dx and dweight of rms_norm_bwd, and lora_reduce(ds, n) of the n = rms_norm(x), in the dtype of dn, that it remakes."""
+    dx, dw, _ = rms_norm_bwd(dn, x, weight, rstd, dresidual, need_dw, False)
+    return dx, dw, _reduce("rms_norm_reduce", ds, x, weight, rstd, ranks, masks)
 
 
 def lora_reduce_t(s: torch.Tensor, dy: Tensors, ranks: Sequence[int]) -> torch.Tensor:
@@ -124,7 +160,7 @@ def lora_reduce_t(s: torch.Tensor, dy: Tensors, ranks: Sequence[int]) -> torch.T
     br = block_r(max(ranks, default=0), t.r)
     tiles = sum(cdiv(n, t.n) * cdiv(rank, br) for n, rank in zip(N, ranks, strict=True))
     total = sum(n * rank for n, rank in zip(N, ranks, strict=True))
-    splits, rows = _splits(M, tiles, t.m)
+    splits, rows = row_splits(M, tiles, t.m)
     partials = torch.empty((splits, total), dtype=torch.float32, device=s.device)
     launch(
         _lora_reduce_t_kernel,
@@ -157,6 +193,17 @@ def _reduce_aten(ds, x, ranks, masks):
     return _flat([_product(dsg, apply_mask(x, mask)) for dsg, mask in zip(ds.split(ranks, 1), masks, strict=True)])
 
 
+def _rms_norm_bwd_reduce_aten(dn, x, weight, rstd, dresidual, need_dw, ds, ranks, masks):
+    # Here n is written: on a CPU it stays in the cache of the kernel that has just read x.
+    dx, dw, n = torch.ops.fastlora.rms_norm_bwd(dn, x, weight, rstd, dresidual, need_dw, True)
+    return dx, dw, torch.ops.fastlora.lora_reduce(ds, n.to(ds.dtype), ranks, masks)
+
+
+def _rms_norm_bwd_reduce_fake(dn, x, weight, rstd, dresidual, need_dw, ds, ranks, masks):
+    da = x.new_empty(ds.shape[1] * x.shape[1], dtype=torch.float32)
+    return torch.empty_like(x), weight.new_empty(weight.shape if need_dw else 0), da
+
+
 def _reduce_t_one(s, dy):
     # In fp32 as autograd has it, to the bit; of a cast operand a BLAS wants the wide side last.
     return dy.t() @ s if s.dtype == torch.float32 else _product(s, dy).t()
@@ -182,4 +229,11 @@ register(
     triton=lora_reduce_t,
     aten=_reduce_t_aten,
     fake=_reduce_t_fake,
+)
+register(
+    "rms_norm_bwd_reduce(Tensor dn, Tensor x, Tensor weight, Tensor rstd, Tensor? dresidual, bool need_dw, Tensor ds,"
+    " SymInt[] ranks, Tensor?[] masks) -> (Tensor, Tensor, Tensor)",
+    triton=rms_norm_bwd_reduce,
+    aten=_rms_norm_bwd_reduce_aten,
+    fake=_rms_norm_bwd_reduce_fake,
 )

@@ -6,7 +6,7 @@ import torch
 
 from ._library import register
 from ._tiles import choose
-from ._tl import cdiv, launch, tl, triton
+from ._tl import cdiv, launch, silu_mul, tl, triton
 
 
 @triton.jit
@@ -14,27 +14,31 @@ def _swiglu_fwd_kernel(p_gate, p_up, p_h, numel, BLOCK: tl.constexpr):
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < numel
     b_gate = tl.load(p_gate + o, mask=m, other=0.0)
-    b_up = tl.load(p_up + o, mask=m, other=0.0).to(tl.float32)
-    b_gf = b_gate.to(tl.float32)
-    b_silu = (b_gf * tl.sigmoid(b_gf)).to(b_gate.dtype).to(tl.float32)  # silu is rounded before the product
-    tl.store(p_h + o, (b_silu * b_up).to(p_h.dtype.element_ty), mask=m)
+    b_up = tl.load(p_up + o, mask=m, other=0.0)
+    tl.store(p_h + o, silu_mul(b_gate, b_up), mask=m)
+
+
+@triton.jit
+def silu_mul_bwd(b_dh, b_gate, b_up):
+    """dgate and dup of silu(gate) · up, in fp32 throughout and rounded once."""
+    b_dh, b_gf, b_uf = b_dh.to(tl.float32), b_gate.to(tl.float32), b_up.to(tl.float32)
+    b_sig = tl.sigmoid(b_gf)
+    b_dgate = b_dh * b_uf * b_sig * (1 + b_gf * (1 - b_sig))
+    return b_dgate.to(b_gate.dtype), (b_dh * (b_gf * b_sig)).to(b_gate.dtype)
 
 
 @triton.jit
 def _swiglu_bwd_kernel(p_dh, p_gate, p_up, p_dgate, p_dup, p_h, numel, NEED_H: tl.constexpr, BLOCK: tl.constexpr):
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < numel
-    b_dh = tl.load(p_dh + o, mask=m, other=0.0).to(tl.float32)
-    b_gate = tl.load(p_gate + o, mask=m, other=0.0).to(tl.float32)
-    b_up = tl.load(p_up + o, mask=m, other=0.0).to(tl.float32)
-    b_sig = tl.sigmoid(b_gate)
-    b_dgate = b_dh * b_up * b_sig * (1 + b_gate * (1 - b_sig))
-    tl.store(p_dgate + o, b_dgate.to(p_dgate.dtype.element_ty), mask=m)
-    b_silu = b_gate * b_sig
-    tl.store(p_dup + o, (b_dh * b_silu).to(p_dup.dtype.element_ty), mask=m)
+    b_dh = tl.load(p_dh + o, mask=m, other=0.0)
+    b_gate = tl.load(p_gate + o, mask=m, other=0.0)
+    b_up = tl.load(p_up + o, mask=m, other=0.0)
+    b_dgate, b_dup = silu_mul_bwd(b_dh, b_gate, b_up)
+    tl.store(p_dgate + o, b_dgate, mask=m)
+    tl.store(p_dup + o, b_dup, mask=m)
     if NEED_H:
-        b_h = b_silu.to(p_h.dtype.element_ty).to(tl.float32) * b_up
-        tl.store(p_h + o, b_h.to(p_h.dtype.element_ty), mask=m)
+        tl.store(p_h + o, silu_mul(b_gate, b_up), mask=m)
 
 
 def swiglu_fwd(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

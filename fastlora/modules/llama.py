@@ -14,7 +14,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama import modeling_llama as hf
 
-from ..ops import linear_cross_entropy, rms_norm, rope, swiglu
+from ..ops import linear_cross_entropy, rms_norm, swiglu
 from ..planning.activations import Adapters
 from . import attention, lora, memory
 from ._fused import Fused, Part, why_not_called, why_not_plain
@@ -51,21 +51,22 @@ class LlamaMLP(Fused, hf.LlamaMLP):
         return [Part("", activation, why), *(lora.part(self, n) for n in ("gate_proj", "up_proj", "down_proj"))]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = lora.group(self, ("gate_proj", "up_proj"), x)
-        return self._down(gate, up, None)
+        return self._run(x, None)
 
     def normed(self, x: torch.Tensor, norm: LlamaRMSNorm) -> torch.Tensor:
-        """``x + self(norm(x))`` in two operators."""
-        gate, up, x = lora.group(self, ("gate_proj", "up_proj"), x, norm=norm)
-        return self._down(gate, up, x)
+        """``x + self(norm(x))`` in one operator."""
+        return self._run(x, norm)
 
-    def _down(self, gate: torch.Tensor, up: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        why = self._why_not_swiglu() or why_not_plain(gate, up)
-        self.count("", why)
-        if why is None and (out := lora.swiglu_down(self, "down_proj", gate, up, residual)) is not None:
+    def _run(self, x: torch.Tensor, norm: LlamaRMSNorm | None) -> torch.Tensor:
+        why = self._why_not_swiglu()
+        if why is None and (out := lora.mlp(self, x, norm)) is not None:
+            self.count("")
             return out
+        gate, up, *carried = lora.group(self, ("gate_proj", "up_proj"), x, norm=norm)
+        why = why or why_not_plain(gate, up)
+        self.count("", why)
         h = self.act_fn(gate) * up if why else swiglu(gate, up)
-        return lora.group(self, ("down_proj",), h, residual=residual)[0]
+        return lora.group(self, ("down_proj",), h, residual=carried[0] if carried else None)[0]
 
 
 class LlamaAttention(Fused, hf.LlamaAttention):
@@ -82,33 +83,34 @@ class LlamaAttention(Fused, hf.LlamaAttention):
         return [Part("", rotation, None), Part("attention", kernel, None), *projections]
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
-        q, k, v = lora.group(self, ("q_proj", "k_proj", "v_proj"), hidden_states)
-        out, weights = self._attend(q, k, v, *args, **kwargs)
+        out, weights, _ = self._attend(hidden_states, None, *args, **kwargs)
         return lora.group(self, ("o_proj",), out)[0], weights
 
     def normed(self, x: torch.Tensor, norm: LlamaRMSNorm, **kwargs: Any) -> torch.Tensor:
         """``x + self(norm(x))`` in two operators around the attention."""
-        q, k, v, x = lora.group(self, ("q_proj", "k_proj", "v_proj"), x, norm=norm)
-        out, _ = self._attend(q, k, v, **kwargs)
+        out, _, x = self._attend(x, norm, **kwargs)
         return lora.group(self, ("o_proj",), out, residual=x)[0]
 
     def _attend(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        x: torch.Tensor,
+        norm: LlamaRMSNorm | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
         fastlora_mask: attention.Mask | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        batch, tokens = q.shape[:-1]
-        q, k, v = (one.view(batch, tokens, -1, self.head_dim).transpose(1, 2) for one in (q, k, v))
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """What the heads attend to, their weights where the implementation gives them, and x as it goes on."""
+        batch, tokens = x.shape[:-1]
         cos, sin = position_embeddings
-        why = why_not_plain(q, k, cos, sin) if "rope" in self._fastlora.ops else "rope is not among the chosen ops"
+        why = why_not_plain(cos, sin) if "rope" in self._fastlora.ops else "rope is not among the chosen ops"
         self.count("", why)
-        q, k = hf.apply_rotary_pos_emb(q, k, cos, sin) if why else rope(q, k, cos, sin)
+        names = ("q_proj", "k_proj", "v_proj")
+        q, k, v, *carried = lora.group(self, names, x, norm=norm, rotary=None if why else (cos, sin))
+        q, k, v = (one.view(batch, tokens, -1, self.head_dim).transpose(1, 2) for one in (q, k, v))
+        if why:
+            q, k = hf.apply_rotary_pos_emb(q, k, cos, sin)
         mask, decoding = fastlora_mask, past_key_values is not None and not self.training
         if past_key_values is not None:
             # transformers 4 caches may read the tables; transformers 5 ignores the argument.
@@ -124,7 +126,7 @@ class LlamaAttention(Fused, hf.LlamaAttention):
             name = self.config._attn_implementation
             attend = hf.eager_attention_forward if name == "eager" else hf.ALL_ATTENTION_FUNCTIONS[name]
             out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
-        return out.reshape(batch, tokens, -1).contiguous(), weights
+        return out.reshape(batch, tokens, -1).contiguous(), weights, carried[0] if carried else x
 
 
 class LlamaDecoderLayer(Fused, hf.LlamaDecoderLayer):

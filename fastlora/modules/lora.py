@@ -165,6 +165,13 @@ def _finish(one: Read, y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return ops.dora(y, one.magnitude, weight, branch.a, branch.b, branch.scaling, bias)
 
 
+def _plain(one: Read, dtype: torch.dtype) -> bool:
+    """Whether the operator's output is the projection's of an x of this dtype, with nothing left to `_finish`."""
+    weight = one.projection.weight
+    same = weight.dtype == dtype or torch.is_autocast_enabled(weight.device.type)
+    return one.magnitude is None and (same or not isinstance(weight, Quantised))
+
+
 def _takes(one: Read, residual: torch.Tensor | None, dtype: torch.dtype) -> bool:
     """Whether the projection of an x of this dtype, and the residual, have a sum in the residual's dtype."""
     if one.magnitude is not None or residual is None:
@@ -182,11 +189,12 @@ def group(
     *,
     norm: Any = None,
     residual: torch.Tensor | None = None,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """The projections ``names`` of norm(x), fused where they can be, each by its own forward where not.
 
     With norm, x comes last among the results and its residual gradient meets the norm's inside one kernel; residual is
-    added to the output of a single projection.
+    added to the output of a single projection; rotary, cos and sin, turns the first two outputs.
     """
     dtype = x.dtype if norm is None else torch.promote_types(x.dtype, norm.weight.dtype)
     reads = [read(owner, name, dtype, x) for name in names]
@@ -194,13 +202,17 @@ def group(
     one_dtype = len({one.projection.weight.dtype for one in fused}) == 1
     if len(fused) == len(names) and one_dtype:
         arguments = {} if norm is None else {"norm_weight": norm.weight, "eps": norm.variance_epsilon}
+        plain = all(_plain(one, dtype) for one in fused)
         early = residual if _takes(fused[0], residual, dtype) else None
-        y = list(ops.lora_group(x, _directions(fused), residual=early, **arguments))
+        turn = rotary if plain else None
+        y = list(ops.lora_group(x, _directions(fused), residual=early, rotary=turn, **arguments))
         if norm is not None:
             norm.count("")
             x = y.pop()
         if early is not None:
             residual = None
+        elif plain:
+            rotary = None
         else:
             y = [_finish(one, out, dtype) for one, out in zip(fused, y, strict=True)]
     else:
@@ -212,25 +224,31 @@ def group(
             getattr(owner, name)(n) if one is None else _finish(one, next(outs), dtype)
             for name, one in zip(names, reads, strict=True)
         ]
+    if rotary is not None:
+        heads = (one.unflatten(-1, (-1, rotary[0].shape[-1])).transpose(1, 2) for one in y[:2])
+        y[:2] = (one.transpose(1, 2).flatten(2) for one in ops.rope(*heads, *rotary))
     if residual is not None:
         y = [residual + y[0]]
     return tuple(y) if norm is None else (*y, x)
 
 
-def swiglu_down(
-    owner: Fused, name: str, gate: torch.Tensor, up: torch.Tensor, residual: torch.Tensor | None
-) -> torch.Tensor | None:
-    """``residual + owner.name(silu(gate) · up)`` in one operator; None, and nothing counted, where it cannot be."""
+def mlp(owner: Fused, x: torch.Tensor, norm: Any) -> torch.Tensor | None:
+    """``x + owner(norm(x))``, or ``owner(x)`` without a norm, in one operator; None, nothing counted, where it cannot be."""
+    names = ("gate_proj", "up_proj", "down_proj")
     if "lora_linear" not in owner._fastlora.ops:
         return None
-    found = _read(getattr(owner, name), gate.dtype)
-    if isinstance(found, str) or found.magnitude is not None or _why_not_dtype(gate.dtype, gate, found):
+    dtype = x.dtype if norm is None else torch.promote_types(x.dtype, norm.weight.dtype)
+    projections = []
+    for name in names:
+        found = _read(getattr(owner, name), dtype)
+        if isinstance(found, str) or not _plain(found, dtype) or _why_not_dtype(dtype, x, found):
+            return None
+        projections.append(found.projection)
+    if len({one.weight.dtype for one in projections}) > 1:
         return None
-    device = gate.device.type
-    autocast = torch.is_autocast_enabled(device)
-    if gate.dtype != (torch.get_autocast_dtype(device) if autocast else found.projection.weight.dtype):
-        return None
-    if residual is not None and not _takes(found, residual, gate.dtype):
-        return None
-    owner.count(name)
-    return ops.swiglu_lora(gate, up, found.projection, residual)
+    for name in names:
+        owner.count(name)
+    if norm is None:
+        return ops.lora_mlp(x, *projections)
+    norm.count("")
+    return ops.lora_mlp(x, *projections, norm_weight=norm.weight, eps=norm.variance_epsilon)

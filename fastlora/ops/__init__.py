@@ -4,8 +4,10 @@ from .dequantize_4bit import Quantised, dequantize_4bit, quantised
 from .dora import dora
 from .flash_attention import flash_attention
 from .linear_cross_entropy import linear_cross_entropy
-from .lora_group import Branch, Projection, lora_group, swiglu_lora
+from ._group import Branch, Projection
+from .lora_group import lora_group
 from .lora_linear import lora_linear
+from .lora_mlp import lora_mlp
 from .rms_norm import rms_norm
 from .rope import rope
 from .swiglu import swiglu
@@ -20,9 +22,9 @@ __all__ = [
     "linear_cross_entropy",
     "lora_group",
     "lora_linear",
+    "lora_mlp",
     "quantised",
     "rms_norm",
     "rope",
     "swiglu",
-    "swiglu_lora",
 ]

@@ -1,249 +1,95 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..kernels import dropout as _dropout  # noqa: F401  registers the operators, as the next lines do
-from ..kernels import lora_gemm as _gemm  # noqa: F401
-from ..kernels import lora_project as _project  # noqa: F401
-from ..kernels import lora_reduce as _reduce  # noqa: F401
-from ..kernels import rms_norm as _rms_norm  # noqa: F401
-from ..kernels import swiglu as _swiglu  # noqa: F401
+from ..kernels.lora_gemm import rotate
 from . import _check
+from ._group import (
+    Group,
+    NormBackward,
+    Projection,
+    check_projections,
+    dweights,
+    parts,
+    product_dtype,
+    shaped,
+    through_norm,
+)
 from .dequantize_4bit import Quantised
 
 
-class Branch(NamedTuple):
-    """One adapter of a projection: ``scaling · drop(x) Aᵀ Bᵀ``, a (R, K), b (N, R), dropout a probability."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scaling: float = 1.0
-    dropout: float = 0.0
-
-
-class Projection(NamedTuple):
-    """A linear layer ``x Wᵀ + bias`` with any number of adapters: weight (N, K), dense or 4-bit, bias (N,)."""
-
-    weight: torch.Tensor | Quantised
-    bias: torch.Tensor | None = None
-    branches: tuple[Branch, ...] = ()
-
-
-class _Params(NamedTuple):
-    """The tensors of a group, per projection (w, bias, b, b_scale) and per branch (a, a_scale, rates)."""
-
-    w: list[torch.Tensor]
-    bias: list[torch.Tensor | None]
-    b: list[torch.Tensor]
-    a: list[torch.Tensor]
-
-
-def _per_projection(counts: Sequence[int], params: Sequence[Any]) -> _Params:
-    P = len(counts)
-    return _Params(list(params[:P]), list(params[P : 2 * P]), list(params[2 * P : 3 * P]), list(params[3 * P :]))
-
-
 class _LoraGroup(torch.autograd.Function):
-    """Projections of one shared input n, which is x, rms_norm(x) or silu(x) · up.
+    """Projections of one shared input n, which is x or rms_norm(x).
 
-    Saved: x (and up), rstd, s, and the masks as bits. n is recomputed by the backward kernel that needs it least; where
-    n is x, and neither an A nor a W trains, x is not saved.
+    Saved: x, rstd, s, and the masks as bits. n is remade where it is needed; where n is x, and neither an A nor a W
+    trains, x is not saved.
     """
 
     @staticmethod
-    def forward(
-        ctx, x, up, norm_weight, residual, seeds, eps, dtype, carry, quantised, counts, a_scale, b_scale, rates, *params
-    ):
+    def forward(ctx, x, norm_weight, residual, seeds, cos, sin, eps, dtype, static, *params):
         ops = torch.ops.fastlora
-        p, wide = _per_projection(counts, params), torch.promote_types(x.dtype, dtype)
-        bias = [None if one is None else one.to(dtype) for one in p.bias]
-        if norm_weight is None and up is None:
+        group, wide = static.filled(params), torch.promote_types(x.dtype, dtype)
+        need = static.filled(ctx.needs_input_grad[9:])
+        if norm_weight is None:
             x = x.to(dtype)
-        masks = [ops.dropout_mask(x, seed, rate) if rate else None for seed, rate in zip(seeds, rates, strict=True)]
-        rstd = None
+        masks = group.masks(x, seeds)
+        rstd, n = None, x
         if norm_weight is not None:
-            n, rstd, s = ops.rms_norm_project(x, norm_weight, eps, p.a, a_scale, masks, dtype)
-        elif up is not None:
-            n, s = ops.swiglu_project(x, up, p.a, a_scale, masks)
+            n, rstd, s = ops.rms_norm_project(x, norm_weight, eps, group.a, group.a_scale, masks, dtype)
         else:
-            n, s = x, ops.lora_project(x, p.a, a_scale, masks)
-        if any(quantised):
-            y = _gemm_one_by_one(n, p.w, quantised, s, p.b, bias, residual)
-        else:
-            y = ops.lora_gemm(n, [one.to(dtype) for one in p.w], s, p.b, bias, residual)
-        need = _per_projection(counts, ctx.needs_input_grad[13:])
-        if norm_weight is None and up is None and not any(need.a) and not any(need.w):
-            x = None  # dx asks for the parameters alone, dB for s
-        ctx.save_for_backward(x, up, norm_weight, rstd, s, *masks, *params)
-        ctx.static = eps, dtype, carry, quantised, counts, b_scale, len(masks), residual is not None, wide
+            s = ops.lora_project(x, group.a, group.a_scale, masks)
+        y = group.gemm(n, s, residual, cos, sin)
+        carry = norm_weight is not None
+        # Without a norm dx asks for the parameters alone, dB for s.
+        kept = x if carry or any(need.a) or any(need.w) else None
+        ctx.save_for_backward(kept, norm_weight, cos, sin, rstd, s, *masks, *params)
+        ctx.static = eps, dtype, wide, static, len(masks), residual is not None
         return (*y, x) if carry else tuple(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         ops = torch.ops.fastlora
-        eps, dtype, carry, quantised, counts, b_scale, n_masks, has_residual, wide = ctx.static
-        x, up, norm_weight, rstd, s, *rest = ctx.saved_tensors
+        eps, dtype, wide, static, n_masks, has_residual = ctx.static
+        x, norm_weight, cos, sin, rstd, s, *rest = ctx.saved_tensors
         masks, params = rest[:n_masks], rest[n_masks:]
-        p = _per_projection(counts, params)
-        need_x, need_up, need_norm, need_residual = ctx.needs_input_grad[:4]
-        need = _per_projection(counts, ctx.needs_input_grad[13:])
+        group = static.filled(params)
+        need_x, need_norm, need_residual = ctx.needs_input_grad[:3]
+        need = static.filled(ctx.needs_input_grad[9:])
+        carry = norm_weight is not None
         dcarry = grads[-1].contiguous() if carry else None
         dresidual = grads[0] if has_residual and need_residual else None
-        dy = [one.to(dtype).contiguous() for one in grads[: len(counts)]]
-        ranks = [one.shape[0] for one in p.a]
-        b_ranks = [one.shape[1] for one in p.b]
+        dy = [one.to(dtype).contiguous() for one in grads[: len(group.w)]]
+        if cos is not None:
+            dy[:2] = rotate(dy[0], dy[1], cos, sin, True)
 
-        need_input = need_x or need_up or need_norm
-        need_n = any(need.a) or any(need.w)
+        need_input = need_x or need_norm
         ds = s
-        if ranks and (need_input or any(need.a)):
-            ds = ops.lora_project_t(dy, p.b, b_scale)
-        dx = dup = dnorm = n = None
-        if need_input:
-            if any(quantised):
-                dn = _gemm_t_one_by_one(dy, p.w, quantised, ds, p.a, masks, counts, wide)
-            else:
-                dn = ops.lora_gemm_t(dy, [one.to(dtype) for one in p.w], ds, p.a, masks)
-            if norm_weight is not None:
-                dx, dnorm, n = ops.rms_norm_bwd(dn, x, norm_weight, rstd, dcarry, need_norm, need_n)
-                n = n.to(dtype)
-            elif up is not None:
-                dx, dup, n = ops.swiglu_bwd(dn, x, up, need_n)
-            else:
-                dx = dn
-        elif need_n and norm_weight is not None:
-            n = ops.rms_norm_fwd(x, norm_weight, eps)[0].to(dtype)
-        elif need_n and up is not None:
-            n = ops.swiglu_fwd(x, up)
-        if n is None:
-            n = x
-        da: list[torch.Tensor | None] = [None] * len(p.a)
-        db: list[torch.Tensor | None] = [None] * len(p.b)
-        if any(need.a):
-            da = _parts(ops.lora_reduce(ds, n, ranks, masks), p.a)
-        if any(need.b) and any(b_ranks):
-            db = _parts(ops.lora_reduce_t(s, dy, b_ranks), p.b)
-        dw = [one.t() @ n if wanted else None for one, wanted in zip(dy, need.w, strict=True)]
-        dbias = [one.sum(0, dtype=torch.float32) if wanted else None for one, wanted in zip(dy, need.bias, strict=True)]
-        fit = [
-            None if g is None or not wanted else g.to(like.dtype)
-            for g, wanted, like in zip((*dw, *dbias, *db, *da), ctx.needs_input_grad[13:], params, strict=True)
-        ]
-        return dx, dup, dnorm if need_norm else None, dresidual, *(None,) * 9, *fit
-
-
-def _dense(weight, quantised, dtype):
-    return weight.to(dtype) if quantised is None else quantised.dense(dtype)
-
-
-def _gemm_one_by_one(n, w, quantised, s, b, bias, residual):
-    """lora_gemm, a launch per projection: one dense W is gone before the next is made."""
-    y, columns = [], s.split([one.shape[1] for one in b], 1)
-    for i, (si, bi) in enumerate(zip(columns, b, strict=True)):
-        dense = [_dense(w[i], quantised[i], n.dtype)]
-        y += torch.ops.fastlora.lora_gemm(n, dense, si.contiguous(), [bi], [bias[i]], residual)
-        del dense
-    return y
-
-
-def _gemm_t_one_by_one(dy, w, quantised, ds, a, masks, counts, dtype):
-    """lora_gemm_t, a launch per projection; the parts of dx are added as autograd adds them, in an x that is wider."""
-    dx, first, columns = None, 0, ds.split([one.shape[0] for one in a], 1)
-    for i, count in enumerate(counts):
-        own = slice(first, first + count)
-        first += count
-        dsi = torch.cat(columns[own], 1) if count else ds.new_empty(len(ds), 0)
-        dense = [_dense(w[i], quantised[i], dy[i].dtype)]
-        part = torch.ops.fastlora.lora_gemm_t([dy[i]], dense, dsi, a[own], masks[own])
-        del dense
-        dx = part.to(dtype) if dx is None else dx.add_(part)
-    return dx
-
-
-def _parts(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-    """A flat gradient as tensors in the shapes of their parameters."""
-    sizes = [one.numel() for one in like]
-    return [part.view(one.shape) for part, one in zip(flat.split(sizes), like, strict=True)]
-
-
-def _product_dtype(x, projections):
-    """What the products are computed in: autocast's dtype, or the weights'."""
-    autocast = torch.is_autocast_enabled(x.device.type)
-    return torch.get_autocast_dtype(x.device.type) if autocast else projections[0].weight.dtype
-
-
-def _apply(x, up, norm_weight, residual, eps, carry, projections):
-    counts, w, quantised, bias, b, b_scale, a, a_scale, rates = [], [], [], [], [], [], [], [], []
-    dtype = _product_dtype(x, projections)
-    for projection in projections:
-        branches = projection.branches
-        scales = [0.0 if one.dropout == 1 else one.scaling / (1 - one.dropout) for one in branches]
-        counts.append(len(branches))
-        # The kernels read parameters by row: a strided view is copied.
-        weight = projection.weight
-        quantised.append(weight if isinstance(weight, Quantised) else None)
-        w.append(weight.packed if isinstance(weight, Quantised) else weight.contiguous())
-        bias.append(None if projection.bias is None else projection.bias.contiguous())
-        if len(branches) == 1:
-            b.append(branches[0].b.contiguous())
-            b_scale.append(scales[0])
+        if group.a and (need_input or any(need.a)):
+            ds = ops.lora_project_t(dy, group.b, group.b_scale)
+        dn = group.gemm_t(dy, ds, masks, wide) if need_input else None
+        if carry:
+            back = through_norm(dn, x, norm_weight, eps, rstd, dcarry, need_norm, need, ds, group, masks)
         else:
-            # Several adapters become one of their ranks together, the scalings folded into B.
-            halves = [one.b * scale for one, scale in zip(branches, scales, strict=True)]
-            b.append(torch.cat(halves, 1) if halves else x.new_empty(weight.shape[0], 0, dtype=dtype))
-            b_scale.append(1.0)
-            scales = [1.0] * len(branches)
-        a += [one.a.contiguous() for one in branches]
-        a_scale += scales
-        rates += [one.dropout for one in branches]
-    # Drawn from torch's generator, so that checkpointing replays the masks.
-    seeds = torch.randint(2**62, (len(rates),)) if any(rates) else torch.zeros(len(rates), dtype=torch.int64)
+            da = ops.lora_reduce(ds, x, group.ranks(), masks) if any(need.a) else None
+            back = NormBackward(dn, None, da, x)
+        db = ops.lora_reduce_t(s, dy, group.b_ranks()) if any(need.b) and any(group.b_ranks()) else None
+        dw, dbias = dweights(dy, back.n, need)
+        found = group._replace(w=dw, bias=dbias, b=parts(db, group.b), a=parts(back.da, group.a))
+        return back.dx, back.dnorm, dresidual, *(None,) * 6, *group.fit(ctx.needs_input_grad[9:], found)
+
+
+def apply_group(x, projections, norm_weight=None, residual=None, rotary=None, eps=0.0):
+    """_LoraGroup on x (M, K)."""
+    dtype = product_dtype(x, projections)
+    group = Group.of(projections, dtype)
+    cos, sin = rotary or (None, None)
     return _LoraGroup.apply(
-        *(x, up, norm_weight, residual, seeds, eps, dtype, carry, quantised, counts, a_scale, b_scale, rates),
-        *(*w, *bias, *b, *a),
+        x, norm_weight, residual, group.seeds(), cos, sin, eps, dtype, group.static(), *group.tensors()
     )
-
-
-def _shaped(y, shape):
-    """y, which nobody else holds, in another shape and no view: FSDP warns of a layer whose output is one."""
-    return torch.ops.aten._unsafe_view(y, shape)
-
-
-def _check_projections(op: str, x: torch.Tensor, projections: Sequence[Projection]) -> None:
-    K = x.shape[-1]
-    if not projections:
-        raise ValueError(f"{op}: projections is empty, needs at least one")
-    base = projections[0].weight.dtype
-    _check.dtype(op, "projections[0].weight", projections[0].weight, _check.FLOATS)
-    for i, (weight, bias, branches) in enumerate(projections):
-        name = f"projections[{i}]"
-        _check.shape(op, f"{name}.weight", weight, (None, K), "as (N, K) with K the last dimension of x")
-        _check.dtype(op, f"{name}.weight", weight, (base,), "to match the other projections")
-        if bias is not None:
-            _check.shape(op, f"{name}.bias", bias, (weight.shape[0],), "to match the rows of weight")
-        for a, b, _, rate in branches:
-            check_adapter(op, name, base, weight, a, b)
-            if not 0 <= rate <= 1:
-                raise ValueError(f"{op}: {name}.dropout is {rate}, needs a probability from 0 to 1")
-            _check.same_device(op, "x", x, **{f"{name}.a": a, f"{name}.b": b})
-        _check.same_device(op, "x", x, **{f"{name}.weight": weight, f"{name}.bias": bias})
-
-
-def check_adapter(op, name, base, weight, a, b):
-    """Raise unless a (R, K) and b (N, R) fit weight (N, K), in fp32 or its dtype."""
-    prefix = f"{name}." if name else "lora_"
-    _check.shape(op, f"{prefix}a", a, (None, weight.shape[1]), "as (R, K) with K the last dimension of x")
-    if not 1 <= a.shape[0] <= 512:
-        raise ValueError(f"{op}: {prefix}a has rank {a.shape[0]}, needs a rank from 1 to 512")
-    _check.shape(op, f"{prefix}b", b, (weight.shape[0], a.shape[0]), "as (N, R), N from weight, R from a")
-    if not torch.is_autocast_enabled(weight.device.type):
-        _check.dtype(op, f"{prefix}a", a, tuple({base, torch.float32}), "to go with weight")
-    _check.dtype(op, f"{prefix}b", b, (a.dtype,), f"to match {prefix}a")
 
 
 def lora_group(
@@ -253,6 +99,7 @@ def lora_group(
     norm_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
     residual: torch.Tensor | None = None,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Every LoRA projection that reads one x, in one pass: ``y_i = n W_iᵀ + Σ_j s_ij drop_ij(n) A_ijᵀ B_ijᵀ + bias_i``.
 
@@ -269,6 +116,8 @@ def lora_group(
         norm_weight: (K,), the dtype of x or fp32.
         eps: of the norm.
         residual: (..., N), added to the output of a single projection, in the residual's dtype.
+        rotary: cos and sin, (B, T, D) or (1, T, D), for x (B, T, K): the first two outputs, queries and keys, are
+            rotated as heads of D before they are stored, as ``rope`` does.
 
     Returns:
         The y_i, (..., N_i). With norm_weight, x itself comes last: a residual connection that continues from there has
@@ -281,7 +130,10 @@ def lora_group(
     """
     op = "lora_group"
     _check.dtype(op, "x", x, _check.FLOATS)
-    _check_projections(op, x, projections)
+    if not projections:
+        raise ValueError(f"{op}: projections is empty, needs at least one")
+    named = {f"projections[{i}]": one for i, one in enumerate(projections)}
+    check_projections(op, x, named, x.shape[-1], "the last dimension of x")
     lead, K = x.shape[:-1], x.shape[-1]
     if norm_weight is not None:
         _check.shape(op, "norm_weight", norm_weight, (K,), "to match the last dimension of x")
@@ -290,47 +142,13 @@ def lora_group(
     elif not torch.is_autocast_enabled(x.device.type) and not isinstance(projections[0].weight, Quantised):
         _check.dtype(op, "x", x, (projections[0].weight.dtype,), "to match the weights")
     residual = _check_residual(op, residual, (*lead, projections[0].weight.shape[0]), len(projections))
+    if rotary is not None:
+        rotary = _check_rotary(op, x, projections, *rotary)
     rows = x.reshape(-1, K).contiguous()
     norm = None if norm_weight is None else norm_weight.contiguous()
-    *y, last = _apply(rows, None, norm, residual, eps, norm_weight is not None, projections)
-    if norm_weight is None:
-        y.append(last)
-    shaped = [_shaped(one, (*lead, one.shape[1])) for one in y]
-    return tuple(shaped) if norm_weight is None else (*shaped, last.view(x.shape))
-
-
-def swiglu_lora(
-    gate: torch.Tensor, up: torch.Tensor, projection: Projection, residual: torch.Tensor | None = None
-) -> torch.Tensor:
-    """A LoRA projection of ``h = silu(gate) · up``: ``h Wᵀ + Σ_j s_j drop_j(h) A_jᵀ B_jᵀ + bias + residual``.
-
-    h is made once, with its projections on A, and not saved: the backward remakes it beside dgate and dup.
-
-    Args:
-        gate, up: (..., F), dtype of projection.weight.
-        projection: weight (N, F); as for lora_group.
-        residual: (..., N); the output takes its dtype.
-
-    Returns:
-        (..., N). Saved for backward: gate, up, and s.
-
-    Raises:
-        ValueError, TypeError: as lora_group.
-
-    Source: Shazeer, arXiv:2002.05202; Hu et al., arXiv:2106.09685.
-    """
-    op = "swiglu_lora"
-    _check.dtype(op, "gate", gate, _check.FLOATS)
-    _check.shape(op, "up", up, tuple(gate.shape), "to match gate")
-    _check.dtype(op, "up", up, (gate.dtype,), "to match gate")
-    _check_projections(op, gate, [projection])
-    _check.same_device(op, "gate", gate, up=up)
-    _check.dtype(op, "gate", gate, (_product_dtype(gate, [projection]),), "to match the product")
-    F, N = gate.shape[-1], projection.weight.shape[0]
-    residual = _check_residual(op, residual, (*gate.shape[:-1], N), 1)
-    rows = gate.reshape(-1, F).contiguous(), up.reshape(-1, F).contiguous()
-    (y,) = _apply(*rows, None, residual, 0.0, False, [projection])
-    return _shaped(y, (*gate.shape[:-1], N))
+    y = apply_group(rows, projections, norm, residual, rotary, eps)
+    outputs = tuple(shaped(one, (*lead, one.shape[1])) for one in y[: len(projections)])
+    return outputs if norm_weight is None else (*outputs, y[-1].view(x.shape))
 
 
 def _check_residual(op, residual, shape, projections):
@@ -340,3 +158,23 @@ def _check_residual(op, residual, shape, projections):
         raise ValueError(f"{op}: residual goes with one projection, got {projections}")
     _check.shape(op, "residual", residual, shape, "to match the output")
     return residual.reshape(-1, shape[-1]).contiguous()
+
+
+def _check_rotary(op, x, projections, cos, sin):
+    if len(projections) < 2:
+        raise ValueError(f"{op}: rotary goes with queries and keys, got {len(projections)} projection")
+    _check.shape(op, "x", x, (None, None, None), "as (B, T, K), for rotary")
+    for name, table in (("rotary[0]", cos), ("rotary[1]", sin)):
+        rows = 1 if table.shape[:1] == (1,) else x.shape[0]
+        _check.shape(op, name, table, (rows, x.shape[1], None), "as (B, T, D) or (1, T, D), to match x")
+        _check.dtype(op, name, table, _check.FLOATS)
+    _check.shape(op, "rotary[1]", sin, tuple(cos.shape), "to match rotary[0]")
+    _check.dtype(op, "rotary[1]", sin, (cos.dtype,), "to match rotary[0]")
+    _check.same_device(op, "x", x, **{"rotary[0]": cos, "rotary[1]": sin})
+    for i, one in enumerate(projections[:2]):
+        if cos.shape[2] % 2 or one.weight.shape[0] % max(2, cos.shape[2]):
+            raise ValueError(
+                f"{op}: projections[{i}] has {one.weight.shape[0]} outputs and rotary[0] heads of {cos.shape[2]}, needs "
+                "whole heads of an even size"
+            )
+    return cos.contiguous(), sin.contiguous()

@@ -3,8 +3,9 @@ from __future__ import annotations
 import torch
 
 from . import _check
+from ._group import Branch, Projection, check_adapter
 from .dequantize_4bit import Quantised
-from .lora_group import Branch, Projection, _apply, check_adapter
+from .lora_group import apply_group
 
 
 def lora_linear(
@@ -52,5 +53,5 @@ def lora_linear(
             _check.dtype(op, "bias", bias, (x.dtype,), "to match x")
     _check.same_device(op, "x", x, weight=weight, lora_a=lora_a, lora_b=lora_b, bias=bias)
     projection = Projection(weight, bias, (Branch(lora_a, lora_b, float(scaling)),))
-    (y,) = _apply(x.reshape(-1, K).contiguous(), None, None, None, 0.0, False, [projection])
+    (y,) = apply_group(x.reshape(-1, K).contiguous(), [projection])
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -94,15 +94,16 @@ def peft_saved(
 def workspace(
     shape: Shape, adapters: Adapters, itemsize: int = 2, residual_itemsize: int | None = None
 ) -> tuple[float, float]:
-    """Bytes per token, and beside them, that live where a layer's backward needs most: in that of SwiGLU and down_proj.
+    """Bytes per token, and beside them, that live where a layer's backward needs most: in that of SwiGLU.
 
-    Per token: the gradient of the layer's output, in the products' dtype too where that is another; dh, dgate, dup, and
-    h again; ds. Beside them: dA and dB of down_proj, in fp32.
+    Per token: the gradient of the layer's output, in the products' dtype too where that is another; dh, dgate and dup;
+    ds of down_proj. Beside them: dA of down_proj and dB of gate_proj and up_proj, in fp32.
     """
     residual = residual_itemsize or itemsize
-    down = dict(adapters.ranks).get("down_proj", 0)
+    ranks = dict(adapters.ranks)
     output = shape.hidden * (residual + (itemsize if residual != itemsize else 0))
-    return float(output + itemsize * (4 * shape.ffn + down)), 4.0 * down * (shape.ffn + shape.hidden)
+    reduced = sum(ranks.get(name, 0) for name in _MLP_PROJECTIONS)
+    return float(output + itemsize * (3 * shape.ffn + ranks.get("down_proj", 0))), 4.0 * reduced * shape.ffn
 
 
 def peft_workspace(

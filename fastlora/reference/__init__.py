@@ -4,8 +4,9 @@ from .dequantize_4bit import dequantize_4bit
 from .dora import dora
 from .flash_attention import flash_attention
 from .linear_cross_entropy import linear_cross_entropy
-from .lora_group import lora_group, swiglu_lora
+from .lora_group import lora_group
 from .lora_linear import lora_linear
+from .lora_mlp import lora_mlp
 from .rms_norm import rms_norm
 from .rope import rope
 from .swiglu import swiglu
@@ -17,8 +18,8 @@ __all__ = [
     "linear_cross_entropy",
     "lora_group",
     "lora_linear",
+    "lora_mlp",
     "rms_norm",
     "rope",
     "swiglu",
-    "swiglu_lora",
 ]

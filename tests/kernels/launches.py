@@ -15,6 +15,7 @@ from fastlora.kernels import (
     rms_norm,
     rope,
     swiglu,
+    swiglu_reduce,
 )
 from fastlora.tuning.aot import Compiled, compiling
 
@@ -28,7 +29,7 @@ def meta(*shape, dtype):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def group(outputs, x, r, dtype, masters, dropped, residual=False, prologue="none"):
+def group(outputs, x, r, dtype, masters, dropped, residual=False, prologue="none", head=0):
     """Forward and backward of the projections of one x (M, K) to outputs, an adapter of rank r each."""
     K, P = x.shape[1], len(outputs)
     masks = [meta(M, K // 8, dtype=torch.uint8) if dropped else None] * P
@@ -42,10 +43,18 @@ def group(outputs, x, r, dtype, masters, dropped, residual=False, prologue="none
         lora_project.swiglu_project(x, x, a, scale, masks)
     else:
         lora_project.lora_project(x, a, scale, masks)
-    lora_gemm.lora_gemm(x, w, s, b, [None] * P, dy[0] if residual else None)
+    table = meta(1, M, head, dtype=dtype) if head else None
+    lora_gemm.lora_gemm(x, w, s, b, [None] * P, dy[0] if residual else None, table, table)
     lora_project.lora_project_t(dy, b, scale)
     lora_gemm.lora_gemm_t(dy, w, s, a, masks)
-    lora_reduce.lora_reduce(s, x, [r] * P, masks)
+    if prologue == "rms_norm":
+        for weight in {dtype, FP32}:
+            weight, rstd = meta(K, dtype=weight), meta(M, dtype=FP32)
+            lora_reduce.rms_norm_bwd_reduce(x, x, weight, rstd, x, False, s, [r] * P, masks)
+    elif prologue == "swiglu":
+        swiglu_reduce.swiglu_bwd_reduce(x, x, x, s, [r], masks, meta(M, 2 * r, dtype=dtype), [r, r])
+    else:
+        lora_reduce.lora_reduce(s, x, [r] * P, masks)
     lora_reduce.lora_reduce_t(s, dy, [r] * P)
 
 
@@ -55,7 +64,7 @@ def lora(model, dtype, masters, r, dropped):
     x, h = meta(M, hidden, dtype=dtype), meta(M, ffn, dtype=dtype)
     kv = hidden // heads * kv_heads
     rest = (r, dtype, masters, dropped)
-    group([hidden, kv, kv], x, *rest, prologue="rms_norm")
+    group([hidden, kv, kv], x, *rest, prologue="rms_norm", head=hidden // heads)
     group([hidden], x, *rest, residual=True)
     group([ffn, ffn], x, *rest, prologue="rms_norm")
     group([hidden], h, *rest, residual=True, prologue="swiglu")

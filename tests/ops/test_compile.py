@@ -43,11 +43,27 @@ def lora_group():
     return function, leaves((2, 3, K), (K,), (N, K), *adapter, (N, K), *adapter, *adapter)
 
 
-def swiglu_lora():
-    def function(gate, up, w, a, b, residual):
-        return ops.swiglu_lora(gate, up, ops.Projection(w, None, (ops.Branch(a, b, 0.5),)), residual)
+def lora_qkv():
+    """Queries and keys rotated."""
+    tables = torch.randn(1, 3, 8), torch.randn(1, 3, 8)
 
-    return function, leaves((M, K), (M, K), (N, K), (R, K), (N, R), (M, N))
+    def function(x, w1, a1, b1, w2, a2, b2):
+        adapters = ops.Branch(a1, b1), ops.Branch(a2, b2, 0.5)
+        projections = [ops.Projection(w, None, (one,)) for w, one in zip((w1, w2), adapters)]
+        return ops.lora_group(x, projections, rotary=tables)
+
+    adapter = (R, K), (N, R)
+    return function, leaves((2, 3, K), (N, K), *adapter, (N, K), *adapter)
+
+
+def lora_mlp():
+    def function(x, norm, w1, a1, b1, w2, a2, b2, w3, a3, b3):
+        adapters = ops.Branch(a1, b1), ops.Branch(a2, b2, 0.5), ops.Branch(a3, b3, 2.0)
+        three = (ops.Projection(w, None, (one,)) for w, one in zip((w1, w2, w3), adapters))
+        return ops.lora_mlp(x, *three, norm_weight=norm)
+
+    adapter = (R, K), (N, R)
+    return function, leaves((M, K), (K,), (N, K), *adapter, (N, K), *adapter, (K, N), (R, N), (K, R))
 
 
 def linear_cross_entropy():
@@ -70,7 +86,7 @@ def dora():
 
 
 OPS = (
-    *(rms_norm, swiglu, rope, lora_linear, lora_group, swiglu_lora),
+    *(rms_norm, swiglu, rope, lora_linear, lora_group, lora_qkv, lora_mlp),
     *(linear_cross_entropy, linear_cross_entropy_of_items, flash_attention, dora),
 )
 

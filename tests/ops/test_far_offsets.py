@@ -24,7 +24,7 @@ from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle, _get_np_dtype
 
 from fastlora.kernels import dequantize_4bit as dequantize
-from fastlora.kernels import dropout, linear_cross_entropy, rms_norm, rope, swiglu
+from fastlora.kernels import dropout, linear_cross_entropy, rms_norm, rope, swiglu, swiglu_reduce
 from fastlora.kernels import flash_attention as attention
 from fastlora.kernels import lora_gemm as gemm
 from fastlora.kernels import lora_project as project
@@ -209,6 +209,12 @@ LAUNCHES = {
     "lora_gemm_t without dropout": lambda: gemm.lora_gemm_t([X], [W], S, [A], [None]),
     "lora_reduce": lambda: reduce.lora_reduce(FEW, WIDE, [16], [WIDE_MASK]),
     "lora_reduce_t": lambda: reduce.lora_reduce_t(FEW, [WIDE], [16]),
+    "rms_norm_bwd_reduce": lambda: reduce.rms_norm_bwd_reduce(
+        WIDE, WIDE, meta(2**20), RSTD[:ROWS], None, False, FEW, [16], [WIDE_MASK]
+    ),
+    "swiglu_bwd_reduce": lambda: swiglu_reduce.swiglu_bwd_reduce(
+        WIDE, WIDE, WIDE, FEW, [16], [WIDE_MASK], meta(ROWS, 32), [16, 16]
+    ),
     "cross_entropy_rows": lambda: linear_cross_entropy.cross_entropy_rows(
         meta(FAR // 32000 + 5, 32000),
         meta(FAR // 32000 + 5, dtype=torch.int64),

@@ -1,4 +1,4 @@
-"""Projections of one input, with the norm or the SwiGLU before them, dropout, and the residual after them.
+"""Projections of one input, with the norm before them, dropout, and the rotary embedding or the residual after them.
 
 Tensors are flat here: projection i has weight{i} and bias{i}, its adapter j has a{i}{j} and b{i}{j}.
 """
@@ -14,7 +14,7 @@ from ops.witness import DRAWS, FLOATS, _figures, _leaves, called, perturbing, ra
 
 from fastlora import reference
 from fastlora.kernels._library import INTERPRET
-from fastlora.ops import Branch, Projection, lora_group, swiglu_lora
+from fastlora.ops import Branch, Projection, lora_group
 
 ADAPTERS = r"[ab]\d\d"
 EVERYTHING = ""  # a pattern that every name has in it
@@ -34,20 +34,20 @@ class Case(NamedTuple):
     x: torch.dtype | None = None
     residual: torch.dtype | None = None
     bias: bool = True
-    up: bool = False
-    train: str = f"^x|up|residual|{ADAPTERS}"
+    heads: int = 0  # columns of a head of the first two outputs, which are then rotated, in one row of M tokens
+    train: str = f"^x|residual|{ADAPTERS}"
 
     def make(self):
         """Every product of about the same size, so that none hides another's error."""
         M, K, dtype = self.M, self.K, self.dtype
         adapters, x = self.adapters or dtype, self.x or dtype
         tensors = {"x": torch.randn(M, K).to(x)}
-        if self.up:
-            tensors["up"] = torch.randn(M, K).to(x)
         if self.norm is not None:
             tensors["norm_weight"] = (1 + 0.3 * torch.randn(K)).to(self.norm)
         if self.residual is not None:
             tensors["residual"] = torch.randn(M, self.N[0]).to(self.residual)
+        if self.heads:
+            tensors |= {name: torch.randn(1, M, self.heads).to(dtype) for name in ("cos", "sin")}
         for i, (n, ranks) in enumerate(zip(self.N, self.ranks, strict=True)):
             tensors[f"weight{i}"] = (torch.randn(n, K) / K**0.5).to(dtype)
             if self.bias and i % 2 == 0:
@@ -66,17 +66,19 @@ class Case(NamedTuple):
             )
             projections.append(Projection(tensors[f"weight{i}"], tensors.get(f"bias{i}"), tuple(branches)))
         residual = tensors.get("residual")
-        if self.up:
-            return (op(tensors["x"], tensors["up"], projections[0], residual, **masks),)
-        norm = {} if self.norm is None else {"norm_weight": tensors["norm_weight"], "eps": 1e-5}
-        return op(tensors["x"], projections, residual=residual, **norm, **masks)
+        more = {} if self.norm is None else {"norm_weight": tensors["norm_weight"], "eps": 1e-5}
+        if self.heads:
+            more["rotary"] = tensors["cos"], tensors["sin"]
+            masks = {name: [m if m is None else m[None] for m in some] for name, some in masks.items()}
+            return tuple(y[0] for y in op(tensors["x"][None], projections, **more, **masks))
+        return op(tensors["x"], projections, residual=residual, **more, **masks)
 
     def rate_of(self, i, j):
         """The second adapter of a projection has no dropout, so that both kinds meet in one kernel."""
         return self.rate if j == 0 else 0.0
 
     def ours(self, tensors):
-        return self.call(tensors, swiglu_lora if self.up else lora_group)
+        return self.call(tensors, lora_group)
 
     def witness(self, tensors, masks):
         """masks: one (M, K) per adapter that drops."""
@@ -88,12 +90,8 @@ class Case(NamedTuple):
             def nothing(a, b, scaling, rate):
                 return Branch(a, b, scaling * (rate == 0), 0.0)
 
-            return self.call(tensors, self._reference(), nothing, masks=[None] * len(kept))
-        return self.call(tensors, self._reference(), masks=kept)
-
-    def _reference(self):
-        return reference.swiglu_lora if self.up else reference.lora_group
-
+            return self.call(tensors, reference.lora_group, nothing, masks=[None] * len(kept))
+        return self.call(tensors, reference.lora_group, masks=kept)
 
 def run(case, tensors, incoming=random_incoming):
     """One forward and one backward, unjudged."""
@@ -130,14 +128,14 @@ def check(case, make=None, incoming=random_incoming, seen=None):
 
 DTYPES = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 NORMED = {"norm": torch.float32, "bias": False}
-DOWN = {"N": (33,), "ranks": ((4,),), "up": True}
+ROTARY = {"N": (24, 16, 17), "heads": 8}
 
 
 @DTYPES
 @pytest.mark.parametrize(("M", "K"), [(1, 16), (5, 40), (7, 33), (0, 40), (37, 70)])
-@pytest.mark.parametrize("kind", ["plain", "norm", "swiglu"])
+@pytest.mark.parametrize("kind", ["plain", "norm", "rotary"])
 def test_sizes(kind, M, K, dtype):
-    more = {"plain": {}, "norm": {"norm": dtype}, "swiglu": DOWN}[kind]
+    more = {"plain": {}, "norm": {"norm": dtype}, "rotary": {"norm": dtype, **ROTARY}}[kind]
     check(Case(M, K, dtype=dtype, **more))
 
 
@@ -159,18 +157,16 @@ def test_large_products(dtype):
 
 @DTYPES
 @pytest.mark.parametrize("rate", [0.1, 0.5, 1.0])
-@pytest.mark.parametrize("kind", ["plain", "norm", "swiglu"])
+@pytest.mark.parametrize("kind", ["plain", "norm"])
 def test_dropout(kind, rate, dtype):
-    more = {"plain": {}, "norm": {"norm": dtype}, "swiglu": {**DOWN, "ranks": ((4, 3),)}}[kind]
+    more = {"plain": {}, "norm": {"norm": dtype}}[kind]
     ours = check(Case(9, 37, rate=rate, dtype=dtype, **more))
     if rate == 1:
         assert not ours["da00"].any() and not ours["db00"].any()
 
 
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
-@pytest.mark.parametrize(
-    "kind", [{}, {"norm": torch.float32, "x": torch.float32}, DOWN], ids=["plain", "norm", "swiglu"]
-)
+@pytest.mark.parametrize("kind", [{}, {"norm": torch.float32, "x": torch.float32}], ids=["plain", "norm"])
 def test_fp32_masters(kind, dtype):
     """Adapters in fp32 over a narrower base: their gradients are fp32 sums. Also an fp32 x behind the norm."""
     ours = check(Case(37, 70, dtype=dtype, adapters=torch.float32, **kind))
@@ -200,11 +196,10 @@ def test_norm(train, norm, dtype):
 
 @DTYPES
 @pytest.mark.parametrize("residual", ["same", "fp32"])
-@pytest.mark.parametrize("kind", [{"N": (33,), "ranks": ((4,),)}, DOWN], ids=["plain", "swiglu"])
-def test_residual(kind, residual, dtype):
+def test_residual(residual, dtype):
     """The output takes the residual's dtype."""
     wide = dtype if residual == "same" else torch.float32
-    ours = check(Case(7, 37, dtype=dtype, residual=wide, **kind))
+    ours = check(Case(7, 37, (33,), ((4,),), dtype=dtype, residual=wide))
     assert ours["output 0"].dtype == ours["dresidual"].dtype == wide
 
 
@@ -221,7 +216,7 @@ def test_gradient_of_the_carried_x(carried, dtype):
     assert bool(ours["da00"].any()) is not carried
 
 
-SUBSETS = ["nothing", "^x", ADAPTERS, r"b\d\d", r"^x|b\d\d", r"a\d\d", "weight1", "bias0", "a00|b11", "up", "residual"]
+SUBSETS = ["nothing", "^x", ADAPTERS, r"b\d\d", r"^x|b\d\d", r"a\d\d", "weight1", "bias0", "a00|b11"]
 
 
 @pytest.mark.parametrize("train", [*SUBSETS, EVERYTHING])
@@ -229,7 +224,7 @@ SUBSETS = ["nothing", "^x", ADAPTERS, r"b\d\d", r"^x|b\d\d", r"a\d\d", "weight1"
 def test_only_some_gradients(rate, train):
     """The first layer's x, LoRA-FA's A, weights that train, and nothing at all."""
     check(Case(rate=rate, train=train))
-    check(Case(rate=rate, train=train, residual=torch.float32, **DOWN))
+    check(Case(N=(33,), ranks=((4,),), rate=rate, train=train, residual=torch.float32))
 
 
 @pytest.mark.skipif(not INTERPRET, reason="the Triton launcher's choice")
@@ -238,7 +233,30 @@ def test_only_some_gradients(rate, train):
 def test_every_way_to_multiply(dtype, method, monkeypatch):
     monkeypatch.setenv("FASTLORA_GEMM", method)
     check(Case(dtype=dtype, adapters=torch.float32, norm=dtype, rate=0.3))
-    check(Case(dtype=dtype, residual=torch.float32, **DOWN))
+    check(Case(N=(33,), ranks=((4,),), dtype=dtype, residual=torch.float32))
+    check(Case(dtype=dtype, **ROTARY))
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("K", "N", "heads"),
+    [(40, (256, 64, 64), 64), (16, (128, 256), 128), (24, (80, 160), 80), (24, (6, 12, 5), 6), (16, (512, 64), 32)],
+)
+def test_rotary(K, N, heads, dtype):
+    """Heads that fill a tile, several of them in one, and those of which no tile is a multiple; ranks of none and some."""
+    ours = check(Case(37, K, N, ((4,), (), (3,))[: len(N)], dtype=dtype, heads=heads, norm=dtype, adapters=torch.float32))
+    assert len(ours) > len(N)
+
+
+def test_rotary_by_row():
+    """Tables of their own for every row of the batch, as left padding makes them, are those of one long row."""
+    case = Case(6, 16, (16, 8), ((4,), (3,)), heads=8)
+    tensors = case.make()
+    projections = [Projection(tensors[f"weight{i}"], None, (Branch(tensors[f"a{i}0"], tensors[f"b{i}0"]),)) for i in (0, 1)]
+    tables = tensors["cos"], tensors["sin"]
+    long = lora_group(tensors["x"][None], projections, rotary=tables)
+    rows = lora_group(tensors["x"].view(2, 3, 16), projections, rotary=[t.view(2, 3, 8) for t in tables])
+    assert all(torch.equal(a.flatten(0, 1), b.flatten(0, 1)) for a, b in zip(long, rows, strict=True))
 
 
 @pytest.mark.parametrize("operand", ["x", "weight1", "bias0", "a00", "a11", "b00", "b11", "norm_weight"])
@@ -250,9 +268,18 @@ def test_the_budget_sees_a_perturbed(dtype, operand):
         check(case, seen=perturbing(operand))
 
 
-@pytest.mark.parametrize("operand", ["x", "up", "weight0", "a00", "b00", "residual"])
+@pytest.mark.parametrize("operand", ["x", "weight0", "a00", "b00", "residual"])
 def test_the_budget_sees_a_perturbed_half(operand):
-    case = Case(17, 40, residual=torch.float32, **DOWN)
+    case = Case(17, 40, (33,), ((4,),), residual=torch.float32)
+    check(case)
+    with pytest.raises(AssertionError, match="over budget"):
+        check(case, seen=perturbing(operand))
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
+@pytest.mark.parametrize("operand", ["x", "weight0", "b10", "cos", "sin"])
+def test_the_budget_sees_a_perturbed_rotation(operand, dtype):
+    case = Case(17, 40, (24, 16), ((4,), (3,)), dtype=dtype, heads=8)
     check(case)
     with pytest.raises(AssertionError, match="over budget"):
         check(case, seen=perturbing(operand))
@@ -297,19 +324,16 @@ def test_leading_dimensions(lead):
     x, w, a, b = torch.randn(*lead, 8), torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
     y, carried = lora_group(x, [Projection(w, None, (Branch(a, b),))], norm_weight=torch.ones(8))
     assert y.shape == (*lead, 6) and carried.shape == x.shape
-    assert swiglu_lora(x, x, Projection(w, None, (Branch(a, b),))).shape == (*lead, 6)
     assert torch.equal(carried, x)
 
 
-@pytest.mark.parametrize("kind", [{"norm": torch.float32}, {}, DOWN], ids=["norm", "plain", "swiglu"])
+@pytest.mark.parametrize("kind", [{"norm": torch.float32}, {}], ids=["norm", "plain"])
 def test_autocast(kind):
     """fp32 weights under autocast are the bf16 result; x, where a norm reads it, stays fp32."""
-    case = Case(9, 37, rate=0.3, residual=torch.float32 if "up" in kind else None, **kind)
+    case = Case(9, 37, rate=0.3, **kind)
     half = case._replace(dtype=torch.bfloat16, adapters=torch.float32, x=torch.float32 if "norm" in kind else None)
     tensors = half.make()
     wide = {n: t.detach().float().requires_grad_(t.requires_grad) for n, t in tensors.items()}
-    if "up" in kind:
-        wide |= {name: tensors[name] for name in ("x", "up")}
     torch.manual_seed(1)
     with torch.autocast("cpu", torch.bfloat16):
         results = case.ours(leaves := _leaves(wide))
@@ -317,14 +341,14 @@ def test_autocast(kind):
     under = _figures(results, leaves, incoming)
     torch.manual_seed(1)
     plain = run(half, tensors, lambda results: incoming)
-    assert under["output 0"].dtype == (torch.float32 if "up" in kind else torch.bfloat16)
+    assert under["output 0"].dtype == torch.bfloat16
     for name, t in plain.items():
         assert t is None or torch.equal(under[name], t.to(under[name].dtype)), name
 
 
-@pytest.mark.parametrize("kind", ["plain", "norm", "swiglu"])
+@pytest.mark.parametrize("kind", ["plain", "norm"])
 def test_two_runs_of_one_seed_are_bit_identical(kind):
-    more = {"plain": {}, "norm": {"norm": torch.bfloat16}, "swiglu": DOWN}[kind]
+    more = {"plain": {}, "norm": {"norm": torch.bfloat16}}[kind]
     case = Case(
         530 if kind == "plain" else 40,
         40,
@@ -359,20 +383,23 @@ def test_independent_masks_of_torchs_generator():
     assert len({mask.numpy().tobytes() for mask in drawn.masks}) == 4
 
 
-RUNS = {"lora_gemm": 1, "lora_project_t": 1, "lora_gemm_t": 1, "lora_reduce": 1, "lora_reduce_t": 1}
+RUNS = {"lora_gemm": 1, "lora_project_t": 1, "lora_gemm_t": 1, "lora_reduce_t": 1}
 
 
 @pytest.mark.parametrize(
     ("case", "more"),
     [
-        (Case(), {"lora_project": 1}),
-        (Case(norm=torch.float32), {"rms_norm_project": 1, "rms_norm_bwd": 1}),
-        (Case(**DOWN), {"swiglu_project": 1, "swiglu_bwd": 1}),
+        (Case(), {"lora_project": 1, "lora_reduce": 1}),
+        (Case(norm=torch.float32), {"rms_norm_project": 1, "rms_norm_bwd_reduce": 1}),
+        (Case(**ROTARY), {"lora_project": 1, "lora_reduce": 1, "rope": 1}),
     ],
-    ids=["plain", "norm", "swiglu"],
+    ids=["plain", "norm", "rotary"],
 )
 def test_one_pass_over_x(case, more):
-    """However many projections and adapters: each operator runs once, and no other."""
+    """However many projections and adapters: each operator runs once, and no other.
+
+    The forward's rotation is the epilogue's in Triton; `rope` is the backward's. Elsewhere the product calls it too.
+    """
 
     def op(**tensors):
         return case.ours(tensors)
@@ -390,20 +417,20 @@ def saved(case):
         case.ours(tensors)
     arguments = {t.data_ptr() for t in tensors.values()}
     found = {key: t for key, t in kept.items() if t.numel()}
-    inputs = [n for n in ("x", "up") if n in tensors and tensors[n].data_ptr() in found]
+    inputs = ["x"] if tensors["x"].data_ptr() in found else []
     return inputs, sorted(t.nbytes for key, t in found.items() if key not in arguments)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5])
-@pytest.mark.parametrize("kind", ["plain", "norm", "swiglu"])
+@pytest.mark.parametrize("kind", ["plain", "norm"])
 def test_what_is_saved(kind, rate):
-    """x (and up), rank-sized s, one number per row, and masks of one bit per element: nothing else of M × K."""
+    """x, rank-sized s, one number per row, and masks of one bit per element: nothing else of M × K."""
     M, K, dtype = 64, 80, torch.bfloat16
     groups = {"N": (96, 32, 96), "ranks": ((4,), (8,), ())}
-    more = {"plain": groups, "norm": groups | {"norm": dtype}, "swiglu": {**DOWN, "N": (96,)}}[kind]
+    more = {"plain": groups, "norm": groups | {"norm": dtype}}[kind]
     case = Case(M, K, rate=rate, dtype=dtype, adapters=torch.float32, bias=False, **more)
     inputs, others = saved(case)
-    assert inputs == (["x", "up"] if kind == "swiglu" else ["x"])
+    assert inputs == ["x"]
     R = sum(map(sum, case.ranks))
     expected = [M * R * 2] + [M * 4] * (kind == "norm")
     expected += [M * K // 8] * (sum(map(len, case.ranks)) if rate else 0)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fastlora.ops import Branch, Projection, lora_group, swiglu_lora
+from fastlora.ops import Branch, Projection, lora_group
 
 
 def projection(N=24, K=40, R=4, **change):
@@ -37,22 +37,30 @@ def test_errors_name_the_argument(x, change, options, error, message):
         lora_group(x, [projection(), projection(**change)], **options)
 
 
+TABLE = torch.ones(1, 5, 8)
+
+
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("x", "rotary", "error", "message"),
     [
-        ({"gate": torch.ones(5, 40).double()}, TypeError, "gate is float64, needs float32 or"),
-        ({"up": torch.ones(5, 41)}, ValueError, r"up has shape \(5, 41\), needs \(5, 40\) to match gate"),
-        ({"up": torch.ones(5, 40).half()}, TypeError, "up is float16, needs float32 to match gate"),
-        ({"up": torch.ones(5, 40, device="meta")}, ValueError, "up is on meta, needs cpu, the device of gate"),
-        ({"gate": torch.ones(5, 40).half(), "up": torch.ones(5, 40).half()}, TypeError, "gate is float16, needs"),
-        ({"projection": projection(K=41)}, ValueError, r"projections\[0\].weight has shape \(24, 41\), needs"),
-        ({"residual": torch.ones(5, 25)}, ValueError, r"residual has shape \(5, 25\), needs \(5, 24\)"),
+        ((5, 40), (TABLE, TABLE), ValueError, r"x has shape \(5, 40\), needs \(any, any, any\) as \(B, T, K\)"),
+        ((2, 5, 40), (TABLE[:, :4], TABLE), ValueError, r"rotary\[0\] has shape \(1, 4, 8\), needs \(1, 5, any\)"),
+        ((2, 5, 40), (TABLE, TABLE[..., :4]), ValueError, r"rotary\[1\] has shape \(1, 5, 4\), needs \(1, 5, 8\)"),
+        ((2, 5, 40), (TABLE.expand(3, 5, 8),) * 2, ValueError, r"rotary\[0\] has shape \(3, 5, 8\), needs \(2, 5, any\)"),
+        ((2, 5, 40), (TABLE.double(), TABLE), TypeError, r"rotary\[0\] is float64, needs"),
+        ((2, 5, 40), (TABLE, TABLE.half()), TypeError, r"rotary\[1\] is float16, needs float32 to match"),
+        ((2, 5, 40), (torch.ones(1, 5, 10),) * 2, ValueError, r"projections\[0\] has 24 outputs and .* heads of 10, needs"),
+        ((2, 5, 40), (torch.ones(1, 5, 3),) * 2, ValueError, r"projections\[0\] has 24 .* heads of 3, needs whole heads"),
     ],
 )  # fmt: skip
-def test_errors_of_the_second_half(change, error, message):
-    good = {"gate": torch.ones(5, 40), "up": torch.ones(5, 40), "projection": projection()}
-    with pytest.raises(error, match="swiglu_lora: " + message):
-        swiglu_lora(**good | change)
+def test_errors_of_the_rotation(x, rotary, error, message):
+    with pytest.raises(error, match="lora_group: " + message):
+        lora_group(torch.ones(x), [projection(), projection()], rotary=rotary)
+
+
+def test_rotation_goes_with_queries_and_keys():
+    with pytest.raises(ValueError, match="rotary goes with queries and keys, got 1 projection"):
+        lora_group(torch.ones(2, 5, 40), [projection()], rotary=(TABLE, TABLE))
 
 
 def test_no_projections():

@@ -26,7 +26,7 @@ def samples() -> dict[str, list[tuple]]:
     packed, code = torch.randint(0, 256, (451,), dtype=torch.uint8), normal(16)
     labels = torch.tensor([3, 0, 39, 7, 1])
     q, k = normal(2, 4, 6, 32).transpose(1, 2).contiguous().transpose(1, 2), normal(2, 2, 6, 32)
-    cos, sin = normal(2, 6, 32), normal(1, 6, 32)
+    cos, sin, table = normal(2, 6, 32), normal(1, 6, 32), normal(1, M, 8)
     out, lse = torch.ops.fastlora.flash_attention_fwd(q, k, k, None, None, 0.2, True, None, 0.0, None)
     seed = torch.tensor(1234)
     real, positions = torch.ones(2, 6, dtype=torch.bool), torch.arange(6)[None]
@@ -42,10 +42,13 @@ def samples() -> dict[str, list[tuple]]:
         "lora_project_t": [([y], [b], [0.5]), ([y, y.clone()], [b, b.clone()], [0.5, 2.0])],
         "rms_norm_project": [(x, norm, 1e-6, [a], [0.5], [None], torch.float32)],
         "swiglu_project": [(x, x.clone(), [a], [0.5], [mask])],
+        "swiglu_bwd_reduce": [(x, x.clone(), x.clone(), s, [R], [mask], normal(M, 2 * R), [R, R])],
+        "rms_norm_bwd_reduce": [(x, x.clone(), norm, rstd, None, False, s, [R], [mask])],
         "lora_gemm": [
             (x, [weight], s, [b], [None], None),
             (x, [weight], s, [b], [normal(N)], y),
             (x, [weight, weight.clone()], normal(M, 2 * R), [b, b.clone()], [None, normal(N)], None),
+            (x, [weight, weight.clone()], normal(M, 2 * R), [b, b.clone()], [None, None], None, table, table.clone()),
         ],
         "lora_gemm_t": [([y], [weight], s, [a], [None]), ([y, y.clone()], [weight, weight.clone()], s, [a], [mask])],
         "lora_reduce": [(s, x, [R], [None]), (s, x, [1, 3], [mask, None])],

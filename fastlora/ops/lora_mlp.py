@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ..kernels import swiglu_reduce as _swiglu_reduce  # noqa: F401  registers the operators
+from . import _check
+from ._group import (
+    Group,
+    NormBackward,
+    Projection,
+    check_projections,
+    dweights,
+    parts,
+    product_dtype,
+    shaped,
+    through_norm,
+)
+from .dequantize_4bit import Quantised
+
+
+class _LoraMLP(torch.autograd.Function):
+    """x + down(silu(gate(n)) · up(n)) with n = rms_norm(x); or, without a norm, down(silu(gate(x)) · up(x)).
+
+    Saved: x, rstd, gate, up, the s of both inputs, and the masks as bits. n and h are remade by the kernels that
+    reduce over tokens.
+    """
+
+    @staticmethod
+    def forward(ctx, x, norm_weight, seeds, eps, dtype, wide, down, n_wide, *params):
+        ops = torch.ops.fastlora
+        first, last = wide.filled(params[:n_wide]), down.filled(params[n_wide:])
+        wide_dtype = torch.promote_types(x.dtype, dtype)
+        if norm_weight is None:
+            x = x.to(dtype)
+        masks = first.masks(x, seeds[: len(first.a)])
+        rstd, n = None, x
+        if norm_weight is not None:
+            n, rstd, s = ops.rms_norm_project(x, norm_weight, eps, first.a, first.a_scale, masks, dtype)
+        else:
+            s = ops.lora_project(x, first.a, first.a_scale, masks)
+        gate, up = first.gemm(n, s)
+        h_masks = last.masks(gate, seeds[len(first.a) :])
+        h, h_s = ops.swiglu_project(gate, up, last.a, last.a_scale, h_masks)
+        residual = None if norm_weight is None else x
+        (y,) = last.gemm(h, h_s, residual)
+        need = wide.filled(ctx.needs_input_grad[8 : 8 + n_wide])
+        # Without a norm dx asks for the parameters alone.
+        kept = x if norm_weight is not None or any(need.a) or any(need.w) else None
+        ctx.save_for_backward(kept, norm_weight, rstd, gate, up, s, h_s, *masks, *h_masks, *params)
+        ctx.static = eps, dtype, wide_dtype, wide, down, n_wide, len(masks), len(h_masks)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        ops = torch.ops.fastlora
+        eps, dtype, wide_dtype, wide, down, n_wide, n_masks, n_h_masks = ctx.static
+        x, norm_weight, rstd, gate, up, s, h_s, *rest = ctx.saved_tensors
+        masks, h_masks, params = rest[:n_masks], rest[n_masks : n_masks + n_h_masks], rest[n_masks + n_h_masks :]
+        first, last = wide.filled(params[:n_wide]), down.filled(params[n_wide:])
+        need_x, need_norm = ctx.needs_input_grad[:2]
+        wanted = ctx.needs_input_grad[8:]
+        need, h_need = wide.filled(wanted[:n_wide]), down.filled(wanted[n_wide:])
+        need_input = need_x or need_norm
+        dout = dout.contiguous()
+        dy = [dout.to(dtype)]
+
+        need_first = need_input or any((*need.a, *need.b, *need.w, *need.bias))
+        h_ds = h_s
+        if last.a and (need_first or any(h_need.a)):
+            h_ds = ops.lora_project_t(dy, last.b, last.b_scale)
+        h = ops.swiglu_fwd(gate, up) if any(h_need.w) or (any(h_need.a) and not need_first) else None
+        dx = dnorm = db = h_da = None
+        dgate_up: list[torch.Tensor] = []
+        if need_first:
+            dh = last.gemm_t(dy, h_ds, h_masks, dtype)
+            # Ranks of nobody's gradient are left out: they would be summed for nothing.
+            reduced = (h_ds, last.ranks(), h_masks) if any(h_need.a) else (h_ds[:, :0], [], [])
+            b_ranks = first.b_ranks() if any(need.b) else [0, 0]
+            dgate, dup, flat = ops.swiglu_bwd_reduce(
+                dh, gate, up, *reduced, s if any(b_ranks) else s[:, :0], b_ranks
+            )
+            del dh
+            dgate_up = [dgate, dup]
+            split = sum(reduced[1]) * gate.shape[1]
+            h_da = flat[:split] if any(h_need.a) else None
+            db = flat[split:] if any(b_ranks) else None
+        elif any(h_need.a):
+            h_da = ops.lora_reduce(h_ds, h, last.ranks(), h_masks)
+        h_db = ops.lora_reduce_t(h_s, dy, last.b_ranks()) if any(h_need.b) and any(last.b_ranks()) else None
+        h_dw, h_dbias = dweights(dy, h, h_need)
+        if need_first:
+            ds = s
+            if first.a and (need_input or any(need.a)):
+                ds = ops.lora_project_t(dgate_up, first.b, first.b_scale)
+            dn = first.gemm_t(dgate_up, ds, masks, wide_dtype) if need_input else None
+            if norm_weight is not None:
+                back = through_norm(dn, x, norm_weight, eps, rstd, dout, need_norm, need, ds, first, masks)
+            else:
+                da = ops.lora_reduce(ds, x, first.ranks(), masks) if any(need.a) else None
+                back = NormBackward(dn, None, da, x)
+            dx, dnorm = back.dx, back.dnorm
+            dw, dbias = dweights(dgate_up, back.n, need)
+            first_grads = first._replace(w=dw, bias=dbias, b=parts(db, first.b), a=parts(back.da, first.a))
+            found = first.fit(wanted[:n_wide], first_grads)
+        else:
+            found = [None] * n_wide
+        last_grads = last._replace(w=h_dw, bias=h_dbias, b=parts(h_db, last.b), a=parts(h_da, last.a))
+        return dx, dnorm, *(None,) * 6, *found, *last.fit(wanted[n_wide:], last_grads)
+
+
+def lora_mlp(
+    x: torch.Tensor,
+    gate: Projection,
+    up: Projection,
+    down: Projection,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """Llama's MLP with LoRA: ``down(silu(gate(n)) · up(n))``, each projection ``n Wᵀ + Σ_j s_j drop_j(n) A_jᵀ B_jᵀ + bias``.
+
+    n is x. With norm_weight n is rms_norm(x, norm_weight, eps), and x is added to the result: the second half of a
+    decoder layer. h = silu(gate) · up is made once, with its products on A, and not saved; the kernel that makes dgate
+    and dup meets their reductions over tokens. Masks as in lora_group. Under autocast the products take autocast's dtype.
+
+    Args:
+        x: (..., K), fp32, bf16 or fp16.
+        gate, up: weights (F, K); adapters in that dtype or fp32, ranks from 1 to 512.
+        down: weight (N, F), N = K with norm_weight.
+        norm_weight: (K,), the dtype of x or fp32.
+        eps: of the norm.
+
+    Returns:
+        (..., N), in the dtype of x with norm_weight. Saved for backward: x, rstd, gate and up (..., F), and the s.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, rank, rate or device, or dtype, by the name of the argument.
+
+    Source: Shazeer, arXiv:2002.05202; Hu et al., arXiv:2106.09685; Zhang and Sennrich, arXiv:1910.07467.
+    """
+    op = "lora_mlp"
+    K, F = x.shape[-1], gate.weight.shape[0]
+    _check.dtype(op, "x", x, _check.FLOATS)
+    check_projections(op, x, {"gate": gate, "up": up}, K, "the last dimension of x")
+    _check.shape(op, "up.weight", up.weight, (F, K), "to match gate")
+    check_projections(op, x, {"down": down}, F, "the rows of gate")
+    _check.dtype(op, "down.weight", down.weight, (gate.weight.dtype,), "to match gate")
+    if norm_weight is not None:
+        _check.shape(op, "norm_weight", norm_weight, (K,), "to match the last dimension of x")
+        _check.dtype(op, "norm_weight", norm_weight, (x.dtype, torch.float32), "to go with x")
+        _check.same_device(op, "x", x, norm_weight=norm_weight)
+        _check.shape(op, "down.weight", down.weight, (K, F), "as (K, F), since x is added to the result")
+        norm_weight = norm_weight.contiguous()
+    elif not torch.is_autocast_enabled(x.device.type) and not isinstance(gate.weight, Quantised):
+        _check.dtype(op, "x", x, (gate.weight.dtype,), "to match the weights")
+    dtype = product_dtype(x, [gate])
+    wide, last = Group.of([gate, up], dtype), Group.of([down], dtype)
+    seeds = torch.cat([wide.seeds(), last.seeds()])
+    first = wide.tensors()
+    y = _LoraMLP.apply(
+        x.reshape(-1, K).contiguous(), norm_weight, seeds, eps, dtype,
+        wide.static(), last.static(), len(first), *first, *last.tensors(),
+    )  # fmt: skip
+    return shaped(y, (*x.shape[:-1], down.weight.shape[0]))

@@ -146,7 +146,7 @@ def rms_norm_bwd_reduce(
     ranks: Sequence[int],
     masks: Masks,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dx and dweight of rms_norm_bwd, and lora_reduce(ds, n) of the n = rms_norm(x), in the dtype of dn, that it remakes."""
+    """dx and dweight of rms_norm_bwd, and lora_reduce(ds, n) of the n = rms_norm(x) that it remakes."""
     dx, dw, _ = rms_norm_bwd(dn, x, weight, rstd, dresidual, need_dw, False)
     return dx, dw, _reduce("rms_norm_reduce", ds, x, weight, rstd, ranks, masks)
 

@@ -1,7 +1,8 @@
 """SwiGLU's backward with every reduction over tokens that its tensors take part in.
 
-A program owns some columns of the ffn and walks down the tokens. What it reads and makes on the way, h = silu(gate) · up,
-dgate and dup, meets ds of down_proj and s of gate_proj and up_proj there: h is not written, dgate and dup are not read again.
+A program owns some columns of the ffn and walks down the tokens. What it reads and makes on the way, h = silu(gate) ·
+up, dgate and dup, meets ds of down_proj and s of gate_proj and up_proj there: h is not written, and dgate and dup are
+not read again for dB.
 """
 
 from __future__ import annotations

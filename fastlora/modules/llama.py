@@ -60,7 +60,6 @@ class LlamaMLP(Fused, hf.LlamaMLP):
     def _run(self, x: torch.Tensor, norm: LlamaRMSNorm | None) -> torch.Tensor:
         why = self._why_not_swiglu()
         if why is None and (out := lora.mlp(self, x, norm)) is not None:
-            self.count("")
             return out
         gate, up, *carried = lora.group(self, ("gate_proj", "up_proj"), x, norm=norm)
         why = why or why_not_plain(gate, up)

@@ -225,15 +225,15 @@ def group(
             for name, one in zip(names, reads, strict=True)
         ]
     if rotary is not None:
-        heads = (one.unflatten(-1, (-1, rotary[0].shape[-1])).transpose(1, 2) for one in y[:2])
-        y[:2] = (one.transpose(1, 2).flatten(2) for one in ops.rope(*heads, *rotary))
+        q, k = (one.unflatten(-1, (-1, rotary[0].shape[-1])).transpose(1, 2) for one in y[:2])
+        y[:2] = (one.transpose(1, 2).flatten(2) for one in ops.rope(q, k, *rotary))
     if residual is not None:
         y = [residual + y[0]]
     return tuple(y) if norm is None else (*y, x)
 
 
 def mlp(owner: Fused, x: torch.Tensor, norm: Any) -> torch.Tensor | None:
-    """``x + owner(norm(x))``, or ``owner(x)`` without a norm, in one operator; None, nothing counted, where it cannot be."""
+    """``x + owner(norm(x))``, or ``owner(x)`` without a norm, in one operator; None where it cannot be."""
     names = ("gate_proj", "up_proj", "down_proj")
     if "lora_linear" not in owner._fastlora.ops:
         return None
@@ -246,7 +246,8 @@ def mlp(owner: Fused, x: torch.Tensor, norm: Any) -> torch.Tensor | None:
         projections.append(found.projection)
     if len({one.weight.dtype for one in projections}) > 1:
         return None
-    for name in names:
+    # Before the operator: gradient checkpointing leaves a layer's second forward as soon as it has what backward needs.
+    for name in ("", *names):
         owner.count(name)
     if norm is None:
         return ops.lora_mlp(x, *projections)

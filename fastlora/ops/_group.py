@@ -139,7 +139,7 @@ class Group(NamedTuple):
     def fit(self, need: Sequence[bool], grads: Group) -> list[torch.Tensor | None]:
         """The gradients of ``tensors()`` in the dtypes of their parameters; None where none is needed."""
         return [
-            None if g is None or not wanted else g.to(like.dtype)
+            None if g is None or like is None or not wanted else g.to(like.dtype)
             for g, wanted, like in zip(grads.tensors(), need, self.tensors(), strict=True)
         ]
 
@@ -154,7 +154,7 @@ def parts(flat: torch.Tensor | None, like: Sequence[torch.Tensor]) -> list[torch
     return [piece.view(one.shape) for piece, one in zip(pieces, like, strict=True)]
 
 
-def dweights(dy: Sequence[torch.Tensor], n: torch.Tensor | None, need: Group) -> tuple[list[Any], list[Any]]:
+def dweights(dy: Sequence[torch.Tensor], n: Any, need: Group) -> tuple[list[Any], list[Any]]:
     """dW and dbias of the projections whose weights and biases train."""
     dw = [one.t() @ n if wanted else None for one, wanted in zip(dy, need.w, strict=True)]
     dbias = [one.sum(0, dtype=torch.float32) if wanted else None for one, wanted in zip(dy, need.bias, strict=True)]
@@ -179,9 +179,7 @@ def through_norm(dn, x, norm_weight, eps, rstd, dcarry, need_norm, need, ds, gro
     if dn is None:
         dx = dnorm = None
     elif any(need.a):
-        dx, dnorm, da = ops.rms_norm_bwd_reduce(
-            dn, x, norm_weight, rstd, dcarry, need_norm, ds, group.ranks(), masks
-        )
+        dx, dnorm, da = ops.rms_norm_bwd_reduce(dn, x, norm_weight, rstd, dcarry, need_norm, ds, group.ranks(), masks)
     else:
         dx, dnorm, _ = ops.rms_norm_bwd(dn, x, norm_weight, rstd, dcarry, need_norm, False)
     if any(need.a) and da is None:

@@ -174,7 +174,7 @@ def _check_rotary(op, x, projections, cos, sin):
     for i, one in enumerate(projections[:2]):
         if cos.shape[2] % 2 or one.weight.shape[0] % max(2, cos.shape[2]):
             raise ValueError(
-                f"{op}: projections[{i}] has {one.weight.shape[0]} outputs and rotary[0] heads of {cos.shape[2]}, needs "
-                "whole heads of an even size"
+                f"{op}: projections[{i}] has {one.weight.shape[0]} outputs and rotary[0] heads of {cos.shape[2]}, "
+                "needs whole heads of an even size"
             )
     return cos.contiguous(), sin.contiguous()

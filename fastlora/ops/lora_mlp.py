@@ -78,9 +78,7 @@ class _LoraMLP(torch.autograd.Function):
             # Ranks of nobody's gradient are left out: they would be summed for nothing.
             reduced = (h_ds, last.ranks(), h_masks) if any(h_need.a) else (h_ds[:, :0], [], [])
             b_ranks = first.b_ranks() if any(need.b) else [0, 0]
-            dgate, dup, flat = ops.swiglu_bwd_reduce(
-                dh, gate, up, *reduced, s if any(b_ranks) else s[:, :0], b_ranks
-            )
+            dgate, dup, flat = ops.swiglu_bwd_reduce(dh, gate, up, *reduced, s if any(b_ranks) else s[:, :0], b_ranks)
             del dh
             dgate_up = [dgate, dup]
             split = sum(reduced[1]) * gate.shape[1]
@@ -119,11 +117,12 @@ def lora_mlp(
     norm_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
 ) -> torch.Tensor:
-    """Llama's MLP with LoRA: ``down(silu(gate(n)) · up(n))``, each projection ``n Wᵀ + Σ_j s_j drop_j(n) A_jᵀ B_jᵀ + bias``.
+    """Llama's MLP, ``down(silu(gate(n)) · up(n))``, each projection ``n Wᵀ + Σ_j s_j drop_j(n) A_jᵀ B_jᵀ + bias``.
 
     n is x. With norm_weight n is rms_norm(x, norm_weight, eps), and x is added to the result: the second half of a
     decoder layer. h = silu(gate) · up is made once, with its products on A, and not saved; the kernel that makes dgate
-    and dup meets their reductions over tokens. Masks as in lora_group. Under autocast the products take autocast's dtype.
+    and dup sums over tokens what they and h contribute to the adapters' gradients. Masks as in lora_group. Under
+    autocast the products take autocast's dtype.
 
     Args:
         x: (..., K), fp32, bf16 or fp16.

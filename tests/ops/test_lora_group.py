@@ -93,6 +93,7 @@ class Case(NamedTuple):
             return self.call(tensors, reference.lora_group, nothing, masks=[None] * len(kept))
         return self.call(tensors, reference.lora_group, masks=kept)
 
+
 def run(case, tensors, incoming=random_incoming):
     """One forward and one backward, unjudged."""
     leaves = _leaves(tensors)
@@ -244,7 +245,9 @@ def test_every_way_to_multiply(dtype, method, monkeypatch):
 )
 def test_rotary(K, N, heads, dtype):
     """Heads that fill a tile, several of them in one, and those of which no tile is a multiple; ranks of none and some."""
-    ours = check(Case(37, K, N, ((4,), (), (3,))[: len(N)], dtype=dtype, heads=heads, norm=dtype, adapters=torch.float32))
+    ours = check(
+        Case(37, K, N, ((4,), (), (3,))[: len(N)], dtype=dtype, heads=heads, norm=dtype, adapters=torch.float32)
+    )
     assert len(ours) > len(N)
 
 
@@ -252,7 +255,9 @@ def test_rotary_by_row():
     """Tables of their own for every row of the batch, as left padding makes them, are those of one long row."""
     case = Case(6, 16, (16, 8), ((4,), (3,)), heads=8)
     tensors = case.make()
-    projections = [Projection(tensors[f"weight{i}"], None, (Branch(tensors[f"a{i}0"], tensors[f"b{i}0"]),)) for i in (0, 1)]
+    projections = [
+        Projection(tensors[f"weight{i}"], None, (Branch(tensors[f"a{i}0"], tensors[f"b{i}0"]),)) for i in (0, 1)
+    ]
     tables = tensors["cos"], tensors["sin"]
     long = lora_group(tensors["x"][None], projections, rotary=tables)
     rows = lora_group(tensors["x"].view(2, 3, 16), projections, rotary=[t.view(2, 3, 8) for t in tables])

@@ -19,7 +19,7 @@ def elementwise_bytes(shape: Shape, fused: bool) -> float:
     """
     H, q, kv, F = shape.hidden, shape.q, shape.kv, shape.ffn
     if fused:
-        return 20.0 * H + 8 * q + 8 * kv + 12 * F + 8 * shape.head_dim
+        return 16.0 * H + 4 * q + 4 * kv + 10 * F + 4 * shape.head_dim
     return 450.0 * H + 107 * q + 80 * kv + 86 * F
 
 
@@ -28,7 +28,7 @@ def skinny_bytes(shape: Shape, adapters: Adapters, fused: bool) -> float:
     H, q, kv, F = shape.hidden, shape.q, shape.kv, shape.ffn
     ranks = sum(rank for _, rank in adapters.ranks)
     if fused:
-        every = 22.0 * H + 6 * q + 8 * kv + 16 * F
+        every = 22.0 * H + 6 * q + 8 * kv + 10 * F
     else:
         every = 42.0 * H + 12 * q + 12 * kv + 18 * F
     # In proportion to the widths that carry an adapter, all of which the counts are of.

@@ -103,8 +103,12 @@ def test_finds_a_wrong_scaling_and_names_the_projection(monkeypatch):
 
 def test_finds_a_perturbed_operand_of_a_kernel(monkeypatch):
     """RoPE's sine off by one part in a thousand: attention's projections, and no head."""
-    rope = fast.rope
-    monkeypatch.setattr(fast, "rope", lambda q, k, cos, sin: rope(q, k, cos, sin * 1.001))
+    group = reader.ops.lora_group
+
+    def turned(*args, rotary=None, **options):
+        return group(*args, rotary=rotary and (rotary[0], rotary[1] * 1.001), **options)
+
+    monkeypatch.setattr(reader.ops, "lora_group", turned)
     found = fastlora.verify(lora(llama()), batch())
     over = {check.module for check in found.exceeded}
     assert any(path.endswith("layers.0.self_attn.q_proj") for path in over)
@@ -119,8 +123,8 @@ def test_finds_a_wrong_loss(monkeypatch):
 
 
 def test_finds_nan(monkeypatch):
-    swiglu_lora = reader.ops.swiglu_lora
-    monkeypatch.setattr(reader.ops, "swiglu_lora", lambda *args: swiglu_lora(*args) * torch.nan)
+    lora_mlp = reader.ops.lora_mlp
+    monkeypatch.setattr(reader.ops, "lora_mlp", lambda *args, **options: lora_mlp(*args, **options) * torch.nan)
     found = fastlora.verify(lora(llama()), batch())
     assert not found.within and "NaN or infinite" in str(found)
 

@@ -168,8 +168,10 @@ def _finish(one: Read, y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _plain(one: Read, dtype: torch.dtype) -> bool:
     """Whether the operator's output is the projection's of an x of this dtype, with nothing left to `_finish`."""
     weight = one.projection.weight
-    same = weight.dtype == dtype or torch.is_autocast_enabled(weight.device.type)
-    return one.magnitude is None and (same or not isinstance(weight, Quantised))
+    if one.magnitude is not None or not isinstance(weight, Quantised):
+        return one.magnitude is None
+    device = weight.device.type
+    return dtype == (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype)
 
 
 def _takes(one: Read, residual: torch.Tensor | None, dtype: torch.dtype) -> bool:

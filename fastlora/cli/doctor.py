@@ -212,15 +212,16 @@ def _lora_group(new: Callable[..., torch.Tensor]) -> Any:
     return ours, truth, [new(16, 64), new(64), new(48, 64), new(8, 64), new(48, 8)]
 
 
-def _swiglu_lora(new: Callable[..., torch.Tensor]) -> Any:
-    def ours(gate, up, w, a, b):
-        return ops.swiglu_lora(gate, up, ops.Projection(w, None, (ops.Branch(a, b, 2.0),)))
+def _lora_mlp(new: Callable[..., torch.Tensor]) -> Any:
+    def ours(x, gate, up, down, a, b):
+        first = ops.Projection(gate, None, (ops.Branch(a, b, 2.0),))
+        return ops.lora_mlp(x, first, ops.Projection(up), ops.Projection(down))
 
-    def truth(gate, up, w, a, b):
-        h = torch.nn.functional.silu(gate) * up
-        return h @ w.t() + 2 * (h @ a.t()) @ b.t()
+    def truth(x, gate, up, down, a, b):
+        g = x @ gate.t() + 2 * (x @ a.t()) @ b.t()
+        return (torch.nn.functional.silu(g) * (x @ up.t())) @ down.t()
 
-    return ours, truth, [new(16, 64), new(16, 64), new(48, 64), new(8, 64), new(48, 8)]
+    return ours, truth, [new(16, 64), new(48, 64), new(48, 64), new(32, 48), new(8, 64), new(48, 8)]
 
 
 def _flash_attention(new: Callable[..., torch.Tensor]) -> Any:
@@ -271,7 +272,7 @@ CHECKS: dict[str, Callable[..., Any]] = {
     "rope": _rope,
     "lora_linear": _lora_linear,
     "lora_group": _lora_group,
-    "swiglu_lora": _swiglu_lora,
+    "lora_mlp": _lora_mlp,
     "dora": _dora,
     "dequantize_4bit": _dequantize_4bit,
     "flash_attention": _flash_attention,

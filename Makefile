@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# A process per core; the tests of a file stay together, and share what it prepares.
+PYTEST := -m pytest -n auto --dist loadfile
 
 .PHONY: demo test test-cpu test-triton test-aten test-compat test-asan check bench gpu clean
 
@@ -20,15 +22,15 @@ test: $(VENV)/ready
 
 # csrc on the CPU, and everything that has no second implementation
 test-cpu: $(VENV)/ready
-	$(RUN) $(BIN)/python -m pytest tests
+	$(RUN) $(BIN)/python $(PYTEST) tests
 
 # the Triton programs, through Triton's interpreter
 test-triton: $(VENV)/ready
-	$(RUN) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops
+	$(RUN) TRITON_INTERPRET=1 $(BIN)/python $(PYTEST) tests/ops
 
 # the ATen compositions that serve where csrc is not built
 test-aten: $(VENV)/ready
-	$(RUN) FASTLORA_CSRC=0 $(BIN)/python -m pytest tests/ops
+	$(RUN) FASTLORA_CSRC=0 $(BIN)/python $(PYTEST) tests/ops
 
 # the patching tests on the oldest transformers we support
 $(VENV)-compat/ready: pyproject.toml setup.py constraints.txt
@@ -36,11 +38,11 @@ $(VENV)-compat/ready: pyproject.toml setup.py constraints.txt
 	$(VENV)-compat/bin/pip install -q -c constraints.txt torch setuptools wheel
 	grep -v '^transformers' constraints.txt > $(VENV)-compat/constraints.txt
 	FASTLORA_BUILD_CSRC=0 $(VENV)-compat/bin/pip install -q -c $(VENV)-compat/constraints.txt --no-build-isolation \
-		-e . transformers==4.57.6 pytest accelerate
+		-e . transformers==4.57.6 pytest pytest-xdist accelerate
 	touch $@
 
 test-compat: $(VENV)-compat/ready
-	$(RUN) $(VENV)-compat/bin/python -m pytest tests/patching
+	$(RUN) $(VENV)-compat/bin/python $(PYTEST) tests/patching
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ NAMES = (
     "attention",
     "lora_gemm",
     "lora_skinny",
+    "dequantize_4bit",
 )
 
 

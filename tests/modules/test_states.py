@@ -187,9 +187,7 @@ def dora_with_dropout(model: nn.Module) -> nn.Module:
     return lora(model, use_dora=True, lora_dropout=0.2)
 
 
-@pytest.mark.parametrize(
-    ("adapt", "reason"), [(alora, "ALoraLinearVariant"), (dora_with_dropout, "DoRA with dropout")], ids=str
-)
+@pytest.mark.parametrize(("adapt", "reason"), [(alora, "ALoraLinearVariant"), (dora_with_dropout, "DoRA with dropout")])
 def test_variants_are_pefts_own(adapt, reason):
     """With the reason, and with PEFT's results."""
     errors = Errors()

@@ -1,5 +1,7 @@
-"""A 4-bit weight made dense: nf4 in blocks of 64, scales in fp32. Nothing is multiplied; bytes: half of one per element,
-a scale per block, and the weight written once."""
+"""A 4-bit weight made dense: nf4 in blocks of 64, scales in fp32.
+
+No FLOPs. Bytes: half of one per element and four per block read, the weight written once.
+"""
 
 from __future__ import annotations
 

@@ -255,3 +255,14 @@ def doctor() -> None:
 
     if not run(_console()):
         raise typer.Exit(1)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def bench(context: typer.Context) -> None:
+    """The benchmark suite of a clone: what follows is python -m bench's, --help too."""
+    from .bench import bench as run
+
+    raise typer.Exit(run(context.args))

@@ -134,3 +134,18 @@ def test_explain_prints_the_plan(fastlora_cli, model_dir):
     assert shown.returncode == 0, shown.stderr
     assert "No --adapter: LoRA rank 16 on all-linear" in shown.stdout
     assert "q_proj" in shown.stdout
+
+
+def test_the_benchmark_suite_is_a_clones(monkeypatch, fails, tmp_path):
+    monkeypatch.setattr("fastlora.cli.bench.ROOT", tmp_path)
+    message = fails("bench", "rms_norm")
+    assert message.startswith("fastlora: the benchmark suite is not installed") and "pip install -e ." in message
+
+
+def test_bench_is_the_suites_command(capfd):
+    """Its arguments, options and exit status pass through."""
+    from fastlora.cli.app import app
+
+    result = CliRunner().invoke(app, ["bench", "rms_nrm", "--quick"])
+    assert result.exit_code == 2
+    assert "no command or op is called rms_nrm" in capfd.readouterr().err

@@ -15,6 +15,7 @@ import argparse
 import gc
 import itertools
 import json
+import subprocess
 import sys
 import time
 from typing import Any
@@ -28,11 +29,20 @@ _CPU = ("peft", "peft-bf16", "peft-compile", "peft-compile-layers", "liger", "fa
 _SMALL = ["--model", "small", "--tokens", "4x512,1x2048"]
 _FP32 = ["--dtype", "float32", "--providers", "peft,peft-compile-layers,liger,fastlora"]
 _MEMORY = ["--model", "small", "--memory", "only", "--providers", "peft,peft-bf16,peft-compile-layers,fastlora"]
-# What `--suite` stands for: arguments by the name of their results file; readme is all the readme_ ones.
+_ON_CPU = ["--device", "cpu", "--providers", "peft,peft-compile,fastlora", "--seconds", "30", "--memory", "off"]
+_TUNED = ["--allocator", "tuned"]
+# What `--suite` stands for: arguments by the name of their results file; a group is all that begin with its name.
+_GROUPS = ("readme", "cpu")
 SUITES = {
     "readme_bf16": [*_SMALL, "--dtype", "bfloat16", "--seconds", "45", "--memory", "off"],
     "readme_fp32": [*_SMALL, *_FP32, "--seconds", "45", "--memory", "off"],
     "readme_memory": [*_MEMORY, "--tokens", "1x512,2x512,4x512"],
+    "cpu_small": [*_ON_CPU, "--tokens", "4x512,1x2048"],
+    "cpu_small_tuned": [*_ON_CPU, *_TUNED],
+    "cpu_small_dropout": [*_ON_CPU, *_TUNED, "--dropout", "0.05"],
+    "cpu_7b_layer": [*_ON_CPU, "--model", "l7b", "--tokens", "1x512", "--dtype", "bfloat16,float32"],
+    "cpu_small_fp32": [*_ON_CPU, "--dtype", "float32"],
+    "cpu_memory": [*_ON_CPU, "--memory", "only"],
     "quick": ["--model", "tiny", "--tokens", "2x32", "--seconds", "1"],
 }
 
@@ -40,24 +50,26 @@ SUITES = {
 def main(argv: list[str]) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
+    start = time.monotonic()
+    if args.suite in _GROUPS:  # each in a process of its own: an allocator is chosen at its start
+        command = [sys.executable, "-m", "bench", "train_step", *argv, "--suite"]
+        return max([subprocess.call([*command, name]) for name in SUITES if name.startswith(args.suite)])
+    if args.suite:
+        args = parser.parse_args([*argv, *SUITES[args.suite], "--name", args.suite])
     memory.use_allocator(args.allocator, ["train_step", *argv])
     if args.memory_of:
         print(json.dumps(_memory_of(args)))
         return 0
-    start = time.monotonic()
-    red = 0
-    for suite in [name for name in SUITES if args.suite and name.startswith(args.suite)] or [None]:
-        one = parser.parse_args([*argv, *SUITES[suite]]) if suite else args
-        sink = open_sink(one, suite or one.name)
-        red += _run(one, sink)
-        print(f"{len(sink.records)} measurements, {time.monotonic() - start:.0f} s: {sink.path}")
+    sink = open_sink(args, args.name)
+    red = _run(args, sink)
+    print(f"{len(sink.records)} measurements, {time.monotonic() - start:.0f} s: {sink.path}")
     return min(red, 1)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = new_parser("train_step", (__doc__ or "").replace("FORMULA", models.FORMULA))
     add = parser.add_argument
-    add("--suite", choices=("readme", *SUITES), help="a fixed set of measurements, in place of the options below")
+    add("--suite", choices=(*_GROUPS, *SUITES), help="a fixed set of measurements, in place of the options below")
     add("--model", default="small", help=f"among {', '.join(models.SHAPES)}; several with commas")
     add("--tokens", type=_sizes, default=_sizes("4x512"), help="rows × sequence, as 4x512,1x2048")
     add("--layers", type=int, help="layers of the model (default: all, on a GPU as many as memory allows)")

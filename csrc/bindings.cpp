@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <utility>
 
 #include "checks.h"
 #include "kernels.h"
@@ -245,6 +246,108 @@ Tensor dequantize_4bit(
   return out;
 }
 
+AttentionRows attention_rows(
+    const char* op, const Tensor& scores, const Tensor& first, const Tensor& last, const std::optional<Tensor>& bias,
+    double scale) {
+  require(scores.dim() == 3 && scores.is_contiguous() && is_kernel_dtype(scores), op, "scores", scores,
+          "a contiguous (heads, queries, keys) of Float, BFloat16 or Half");
+  const int64_t queries = scores.size(1), keys = scores.size(2);
+  for (const auto& [name, bound] : {std::pair{"first", &first}, std::pair{"last", &last}}) {
+    require(bound->dim() == 1 && bound->size(0) == queries && bound->is_contiguous() &&
+                bound->scalar_type() == ScalarType::Long,
+            op, name, *bound, "contiguous Long (", queries, ")");
+  }
+  if (bias) {
+    require(bias->dim() == 1 && bias->size(0) == keys && bias->is_contiguous() &&
+                bias->scalar_type() == ScalarType::Float,
+            op, "bias", *bias, "contiguous Float (", keys, ")");
+  }
+  return {
+      dtype_of(scores),
+      scores.mutable_data_ptr(),
+      nullptr,
+      nullptr,
+      static_cast<const int64_t*>(first.const_data_ptr()),
+      static_cast<const int64_t*>(last.const_data_ptr()),
+      bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
+      queries,
+      keys,
+      static_cast<float>(scale)};
+}
+
+Tensor attention_softmax(
+    const Tensor& scores, const Tensor& first, const Tensor& last, const std::optional<Tensor>& bias, double scale) {
+  AttentionRows args = attention_rows("attention_softmax", scores, first, last, bias, scale);
+  Tensor lse = new_empty(scores, {scores.size(0), args.queries}, ScalarType::Float);
+  args.lse = static_cast<float*>(lse.mutable_data_ptr());
+  const Kernels& isa = kernels();
+  parallel_for(0, lse.numel(), grain_rows(args.keys), [&](int64_t begin, int64_t end) {
+    isa.attention_softmax(args, begin, end);
+  });
+  return lse;
+}
+
+void attention_softmax_bwd(
+    const Tensor& scores, const Tensor& dp, const Tensor& first, const Tensor& last, const std::optional<Tensor>& bias,
+    double scale) {
+  const char* op = "attention_softmax_bwd";
+  AttentionRows args = attention_rows(op, scores, first, last, bias, scale);
+  require_like(op, "dp", dp, scores, scores);
+  args.dp = dp.mutable_data_ptr();
+  const Kernels& isa = kernels();
+  parallel_for(0, scores.size(0) * args.queries, grain_rows(args.keys), [&](int64_t begin, int64_t end) {
+    isa.attention_softmax_bwd(args, begin, end);
+  });
+}
+
+void accumulate(const Tensor& total, const Tensor& parts) {
+  const char* op = "accumulate";
+  require(parts.dim() == 3 && parts.is_contiguous() && is_kernel_dtype(parts), op, "parts", parts,
+          "a contiguous (groups · members, rows, cols) of Float, BFloat16 or Half");
+  const int64_t rows = parts.size(1), cols = parts.size(2);
+  require(total.dim() == 3 && total.scalar_type() == ScalarType::Float && total.size(1) == rows &&
+              total.size(2) == cols && total.stride(1) == cols && total.stride(2) == 1,
+          op, "total", total, "Float (groups, ", rows, ", ", cols, ") with contiguous groups");
+  const int64_t groups = total.size(0), members = groups ? parts.size(0) / groups : 0;
+  require(groups * members == parts.size(0), op, "parts", parts, "a first size that ", groups, " divides");
+  const Accumulate args{
+      dtype_of(parts), parts.const_data_ptr(), static_cast<float*>(total.mutable_data_ptr()), members, rows, cols,
+      total.stride(0)};
+  const Kernels& isa = kernels();
+  parallel_for(0, groups * rows, grain_rows(members * cols), [&](int64_t begin, int64_t end) {
+    isa.accumulate(args, begin, end);
+  });
+}
+
+Tensor tall_product(const Tensor& narrow, const Tensor& wide, const std::optional<Tensor>& mask) {
+  const char* op = "tall_product";
+  require_matrix(op, "wide", wide);
+  const int64_t rows = wide.size(0), cols = wide.size(1);
+  require(narrow.dim() == 2 && narrow.size(0) == rows && narrow.is_contiguous() &&
+              narrow.scalar_type() == ScalarType::Float,
+          op, "narrow", narrow, "contiguous Float (", rows, ", members)");
+  require_mask(op, mask, wide);
+  const int64_t members = narrow.size(1);
+  Tensor out = new_empty(narrow, {members, cols});
+  if (rows == 0) torch::stable::zero_(out);
+  const TallProduct args{
+      dtype_of(wide),
+      static_cast<const float*>(narrow.const_data_ptr()),
+      wide.const_data_ptr(),
+      mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr,
+      static_cast<float*>(out.mutable_data_ptr()),
+      rows,
+      members,
+      cols,
+      (cols + 7) / 8};
+  const Kernels& isa = kernels();
+  const int64_t block = isa.tall_product_block;
+  parallel_for(0, (cols + block - 1) / block, grain_rows(rows * block), [&](int64_t begin, int64_t end) {
+    isa.tall_product(args, begin, end);
+  });
+  return out;
+}
+
 }  // namespace
 }  // namespace fastlora
 
@@ -256,4 +359,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
   m.impl("swiglu_bwd", TORCH_BOX(&fastlora::swiglu_bwd));
   m.impl("cross_entropy_rows", TORCH_BOX(&fastlora::cross_entropy_rows));
   m.impl("dequantize_4bit", TORCH_BOX(&fastlora::dequantize_4bit));
+  m.impl("attention_softmax", TORCH_BOX(&fastlora::attention_softmax));
+  m.impl("attention_softmax_bwd", TORCH_BOX(&fastlora::attention_softmax_bwd));
+  m.impl("accumulate", TORCH_BOX(&fastlora::accumulate));
+  m.impl("tall_product", TORCH_BOX(&fastlora::tall_product));
 }

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -66,6 +67,15 @@ inline void require_like(
     const char* op, const char* name, const Tensor& t, const Tensor& like, const Tensor& typed) {
   require(same_shape(t, like) && t.scalar_type() == typed.scalar_type() && t.is_contiguous(), op, name, t,
           "a contiguous tensor of shape and dtype ", torch::headeronly::toString(typed.scalar_type()), describe(like));
+}
+
+// A dropout mask of a matrix: a bit for every element, rows padded to whole bytes.
+inline void require_mask(const char* op, const std::optional<Tensor>& mask, const Tensor& of) {
+  if (!mask) return;
+  const int64_t rows = of.size(0), bytes = (of.size(1) + 7) / 8;
+  require(mask->dim() == 2 && mask->size(0) == rows && mask->size(1) == bytes && mask->is_contiguous() &&
+              mask->scalar_type() == ScalarType::Byte,
+          op, "mask", *mask, "contiguous Byte (", rows, ", ", bytes, ")");
 }
 
 }  // namespace fastlora

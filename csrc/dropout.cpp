@@ -75,9 +75,7 @@ Tensor apply_mask(const Tensor& x, const Tensor& mask) {
   require(x.dim() == 2 && x.is_contiguous() && (size == 2 || size == 4 || size == 8), op, "x", x,
           "a contiguous matrix of a floating type");
   const int64_t rows = x.size(0), cols = x.size(1);
-  require(mask.dim() == 2 && mask.size(0) == rows && mask.size(1) == (cols + 7) / 8 && mask.is_contiguous() &&
-              mask.scalar_type() == ScalarType::Byte,
-          op, "mask", mask, "contiguous Byte (", rows, ", ", (cols + 7) / 8, ")");
+  require_mask(op, mask, x);
   Tensor out = torch::stable::empty_like(x);
   const auto* bits = static_cast<const uint8_t*>(mask.const_data_ptr());
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, cols));

@@ -2,11 +2,13 @@
 // Everything but the table has internal linkage, so no function compiled for AVX can stand in for another.
 #pragma once
 
+#include "attention.h"
 #include "cross_entropy.h"
 #include "dequantize_4bit.h"
 #include "rms_norm.h"
 #include "rope.h"
 #include "swiglu.h"
+#include "tall_product.h"
 
 #define FASTLORA_STRING_(x) #x
 #define FASTLORA_STRING(x) FASTLORA_STRING_(x)
@@ -23,6 +25,11 @@ extern const Kernels FASTLORA_KERNELS = {
     FASTLORA_ISA::swiglu_bwd,
     FASTLORA_ISA::cross_entropy_rows,
     FASTLORA_ISA::dequantize_4bit,
+    FASTLORA_ISA::attention_softmax,
+    FASTLORA_ISA::attention_softmax_bwd,
+    FASTLORA_ISA::accumulate,
+    FASTLORA_ISA::tall_product,
+    FASTLORA_ISA::Vec::size,
 };
 
 }  // namespace fastlora

@@ -100,6 +100,33 @@ struct Dequantize4bit {
   int64_t blocksize, blocksize2, numel;
 };
 
+struct AttentionRows {
+  DType type;
+  void* scores;                 // (heads, queries, keys), overwritten with the probabilities
+  void* dp;                     // the same, overwritten with the gradient of the scores; null in the forward
+  float* lse;                   // (heads, queries), written by the forward: infinity where nothing is seen
+  const int64_t *first, *last;  // (queries): the keys first <= j < last are seen,
+  const float* bias;            // (keys): but those with -infinity here; or null
+  int64_t queries, keys;
+  float scale;  // greater than 0
+};
+
+struct Accumulate {
+  DType type;
+  const void* parts;  // (groups, members, rows, cols)
+  float* total;       // (groups, rows, cols), a group total_group elements after the last
+  int64_t members, rows, cols, total_group;
+};
+
+struct TallProduct {
+  DType type;
+  const float* narrow;  // (rows, members)
+  const void* wide;     // (rows, cols)
+  const uint8_t* mask;  // (rows, mask_row), a bit for every element of wide; or null
+  float* out;           // (members, cols)
+  int64_t rows, members, cols, mask_row;
+};
+
 // One instruction set's kernels. Each works on the half-open range [begin, end) of its parallel dimension.
 struct Kernels {
   const char* isa;
@@ -111,6 +138,11 @@ struct Kernels {
   void (*swiglu_bwd)(const SwigluBwd&, int64_t begin, int64_t end);
   void (*cross_entropy_rows)(const CrossEntropyRows&, int64_t row_begin, int64_t row_end);
   void (*dequantize_4bit)(const Dequantize4bit&, int64_t block_begin, int64_t block_end);
+  void (*attention_softmax)(const AttentionRows&, int64_t row_begin, int64_t row_end);
+  void (*attention_softmax_bwd)(const AttentionRows&, int64_t row_begin, int64_t row_end);
+  void (*accumulate)(const Accumulate&, int64_t row_begin, int64_t row_end);
+  void (*tall_product)(const TallProduct&, int64_t block_begin, int64_t block_end);
+  int64_t tall_product_block;  // columns in a block
 };
 
 extern const Kernels kernels_plain;

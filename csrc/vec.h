@@ -9,6 +9,7 @@
 //   min, max                    of a NaN and a number: the second argument
 //   minus_abs(v)                -|v|
 //   if_negative(sign, a, b)     a where the sign bit is set, b elsewhere
+//   keep(v, bits)               lane i where bit i is set, +0 elsewhere
 //   nearest_integer(v)          for |v| < 2^22
 //   times_exp2(a, n)            a * 2^n for integers n in [-252, 254]
 //   sum(v), largest(v)          over the lanes
@@ -55,6 +56,7 @@ inline Vec minus_abs(Vec a) { return {minus_abs(a.lo), minus_abs(a.hi)}; }
 inline Vec if_negative(Vec sign, Vec a, Vec b) {
   return {if_negative(sign.lo, a.lo, b.lo), if_negative(sign.hi, a.hi, b.hi)};
 }
+inline Vec keep(Vec a, uint32_t bits) { return {keep(a.lo, bits), keep(a.hi, bits >> Reg::size)}; }
 inline Vec nearest_integer(Vec a) { return {nearest_integer(a.lo), nearest_integer(a.hi)}; }
 inline Vec times_exp2(Vec a, Vec n) { return {times_exp2(a.lo, n.lo), times_exp2(a.hi, n.hi)}; }
 inline float sum(Vec a) { return sum(a.lo + a.hi); }

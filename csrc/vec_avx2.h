@@ -61,6 +61,12 @@ inline Reg max(Reg a, Reg b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Reg minus_abs(Reg a) { return {_mm256_or_ps(a.v, _mm256_set1_ps(-0.0f))}; }
 inline Reg if_negative(Reg sign, Reg a, Reg b) { return {_mm256_blendv_ps(b.v, a.v, sign.v)}; }
 
+inline Reg keep(Reg a, uint32_t bits) {
+  const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i chosen = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), each);
+  return {_mm256_and_ps(a.v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(chosen, each)))};
+}
+
 inline Reg nearest_integer(Reg a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 
 // In two steps, so that the result may be subnormal or infinite although 2^integer itself is no normal float.

@@ -63,6 +63,8 @@ inline Reg if_negative(Reg sign, Reg a, Reg b) {
   return {_mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(sign.v)), b.v, a.v)};
 }
 
+inline Reg keep(Reg a, uint32_t bits) { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), a.v)}; }
+
 inline Reg nearest_integer(Reg a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Reg times_exp2(Reg a, Reg integer) { return {_mm512_scalef_ps(a.v, integer.v)}; }
 

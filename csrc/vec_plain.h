@@ -103,6 +103,11 @@ inline Reg if_negative(Reg sign, Reg a, Reg b) {
   return {as_floats(select(negative, as_bits(a.v), as_bits(b.v)))};
 }
 
+inline Reg keep(Reg a, uint32_t bits) {
+  const U32x4 each = {1, 2, 4, 8};
+  return {as_floats(as_bits(a.v) & (U32x4)((splat_bits(bits) & each) == each))};
+}
+
 // Adding 1.5 * 2^23 pushes the fraction out of the mantissa.
 inline Reg nearest_integer(Reg a) { return {(a.v + 12582912.0f) - 12582912.0f}; }
 

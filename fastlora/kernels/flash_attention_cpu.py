@@ -1,54 +1,67 @@
-"""Attention on the CPU: eager's own arithmetic, on BLOCK rows of queries and the keys they see at a time.
+"""Attention on the CPU: slabs of BLOCK queries of a few heads, with all the keys they see.
 
-A slab of scores holds all keys of its queries, so the softmax is the ordinary one and the backward repeats it: neither
-out nor lse is needed there, and the error is eager's. The query heads of a key head are rows of one matrix product.
-Dropout draws slab after slab from a generator of its own, which the backward starts anew.
+The products are the library's; between them one kernel scales, masks and normalises a slab in place. A slab holds whole
+rows of scores, so the softmax is the ordinary one and the backward repeats it: neither out nor lse is needed there. It
+stays in cache, and the query heads of a key head are rows of one product. Dropout draws slab after slab from a
+generator of its own, which the backward starts anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 
-BLOCK = 128
+from ._library import register
 
-# (rows of the batch, queries, keys, (B or 1, 1, 1, queries, keys) True where a key is hidden)
-_Slab = tuple[slice, slice, slice, torch.Tensor]
+BLOCK = 128
+_SLAB_BYTES = 1 << 21  # of scores: a core's cache
+
+
+class _Slab(NamedTuple):
+    """What its queries see: the keys first ≤ j < last, of those in `keys`, whose bias is not −∞."""
+
+    row: int
+    heads: slice  # of the keys
+    queries: slice
+    keys: slice
+    first: torch.Tensor
+    last: torch.Tensor
+    bias: torch.Tensor | None
 
 
 def _slabs(q, k, key_padding_mask, position_ids, causal, window) -> Iterator[_Slab]:
-    """A query belongs to one slab; one that sees no key may belong to none."""
-    (B, _, T, _), T_kv = q.shape, k.shape[2]
+    """Every query of every head once; where none of a slab sees a key, it has no keys."""
+    (B, H, T, _), (H_kv, T_kv) = q.shape, k.shape[1:3]
     position = torch.arange(T)[None] + T_kv - T
     first = torch.zeros(1, T, dtype=torch.int64)
     if position_ids is not None:
         first = position - position_ids
     if window is not None:
         first = torch.maximum(first, position - window + 1)
-    # Rows of the batch that see different keys are taken one by one.
-    alike = first.shape[0] == 1 and key_padding_mask is None
-    for rows in [slice(0, B)] if alike else [slice(b, b + 1) for b in range(B)]:
-        lefts = first if first.shape[0] == 1 else first[rows]
+    first = first.clamp(min=0).expand(B, -1)
+    last = (position if causal else position.new_full((1, T), T_kv - 1))[0] + 1
+    for row in range(B):
+        bias = None
+        if key_padding_mask is not None:
+            bias = torch.where(key_padding_mask[row], 0.0, float("-inf"))
         for lo in range(0, T, BLOCK):
-            hi = min(lo + BLOCK, T)
-            n_hi = hi + T_kv - T if causal else T_kv
-            n_lo = max(0, int(lefts[:, lo:hi].min()))
-            if n_lo >= n_hi:
-                continue
-            j = torch.arange(n_lo, n_hi)
-            hidden = j < lefts[:, lo:hi, None]
-            if causal:
-                hidden = hidden | (j > position[:, lo:hi, None])
-            if key_padding_mask is not None:
-                hidden = hidden | ~key_padding_mask[rows, None, n_lo:n_hi]
-            yield rows, slice(lo, hi), slice(n_lo, n_hi), hidden[:, None, None]
+            queries = slice(lo, min(lo + BLOCK, T))
+            start, stop = int(first[row, queries].min()), max(0, int(last[queries][-1]))
+            keys = slice(min(start, stop), stop)
+            bounds = first[row, queries] - keys.start, last[queries] - keys.start
+            size = H // H_kv * (queries.stop - lo) * (keys.stop - keys.start) * q.element_size()
+            some = max(1, _SLAB_BYTES // max(1, size))
+            for head in range(0, H_kv, some):
+                heads = slice(head, min(head + some, H_kv))
+                yield _Slab(row, heads, queries, keys, *bounds, None if bias is None else bias[keys])
 
 
-def _like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Zeros of the shape of x (B, H, T, D) in (B, T, H, D) memory."""
+def _like(x: torch.Tensor) -> torch.Tensor:
+    """An empty tensor of the shape of x (B, H, T, D) in (B, T, H, D) memory."""
     B, H, T, D = x.shape
-    return torch.zeros(B, T, H, D, dtype=dtype or x.dtype).transpose(1, 2)
+    return x.new_empty(B, T, H, D).transpose(1, 2)
 
 
 def _grouped(x: torch.Tensor, H_kv: int) -> torch.Tensor:
@@ -56,19 +69,23 @@ def _grouped(x: torch.Tensor, H_kv: int) -> torch.Tensor:
     return x.unflatten(1, (H_kv, x.shape[1] // H_kv))
 
 
-def _probabilities(b_q, b_k, hidden, scale):
-    """Scores and probabilities (B, H_kv, H / H_kv · queries, keys) of queries (B, H_kv, H / H_kv · queries, D)."""
-    scores = (b_q @ b_k.mT).mul_(scale)
-    edge = hidden.flatten(0, -2).any(0).nonzero()
-    if len(edge):  # under a causal mask alone, the last columns
-        columns = slice(int(edge[0]), int(edge[-1]) + 1)
-        by_query = scores.unflatten(2, (-1, hidden.shape[3]))
-        by_query[..., columns].masked_fill_(hidden[..., columns], torch.finfo(scores.dtype).min)
-    p = scores.softmax(-1, dtype=torch.float32).to(b_k.dtype)
-    empty = hidden.all(-1, keepdim=True)
-    if empty.any():
-        p.unflatten(2, (-1, hidden.shape[3])).masked_fill_(empty, 0.0)
-    return scores, p
+class _Scratch:
+    """Memory for the scores of one slab after the other."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._memory = torch.empty(0, dtype=dtype)
+
+    def product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """left rightᵀ (heads, rows, keys), valid until the next."""
+        shape = *left.shape[:2], right.shape[1]
+        if self._memory.numel() < torch.Size(shape).numel():
+            self._memory = left.new_empty(torch.Size(shape).numel())
+        return torch.bmm(left, right.mT, out=self._memory[: torch.Size(shape).numel()].view(shape))
+
+
+def _by_head(scores: torch.Tensor, slab: _Slab) -> torch.Tensor:
+    """(heads of the keys, query heads of each · queries, keys) as (query heads, queries, keys)."""
+    return scores.view(-1, len(slab.first), scores.shape[2])
 
 
 def _kept(generator, p, scores) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -86,22 +103,23 @@ def fwd(q, k, v, key_padding_mask, position_ids, scale, causal, window, dropout_
     """As flash_attention_fwd."""
     generator = _generator(seed)
     H_kv, k, v = k.shape[1], k.contiguous(), v.contiguous()  # bmm would copy every slice of a transposed view
-    out, lse = _like(q), torch.full(q.shape[:3], float("inf"))
+    out, lse = _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     q_, out_, lse_ = _grouped(q, H_kv), _grouped(out, H_kv), lse.unflatten(1, (H_kv, -1))
-    for rows, queries, keys, hidden in _slabs(q, k, key_padding_mask, position_ids, causal, window):
-        scores, p = _probabilities(q_[rows, :, :, queries].flatten(2, 3), k[rows, :, keys], hidden, scale)
-        # The largest probability is exp(largest score − lse).
-        b_lse = scores.amax(-1).float() - p.amax(-1).float().log()
+    scratch = _Scratch(q.dtype)
+    for slab in _slabs(q, k, key_padding_mask, position_ids, causal, window):
+        query, key = (slab.row, slab.heads, slice(None), slab.queries), (slab.row, slab.heads, slab.keys)
+        p = scratch.product(q_[query].flatten(1, 2), k[key])
+        b_lse = torch.ops.fastlora.attention_softmax(_by_head(p, slab), *slab[4:], scale)
         if generator is not None:
-            p = _kept(generator, dropout_p, scores)(p)
-        out_[rows, :, :, queries] = (p @ v[rows, :, keys]).unflatten(2, (-1, hidden.shape[3]))
-        lse_[rows, :, :, queries] = b_lse.unflatten(2, (-1, hidden.shape[3]))
+            p = _kept(generator, dropout_p, p)(p)
+        out_[query] = (p @ v[key]).view(out_[query].shape)
+        lse_[query] = b_lse.view(lse_[query].shape)
     return out, lse
 
 
-def _over_group(left, right, queries):
-    """leftᵀ right of every query head, then their sum: one long sum over all of them would round more."""
-    return (left.unflatten(2, (-1, queries)).mT @ right.unflatten(2, (-1, queries))).sum(2)
+def _add(total, left, right, slab):
+    """total += leftᵀ right, a product for every query head: one long sum over all of them would round more."""
+    torch.ops.fastlora.accumulate(total, _by_head(left, slab).mT @ _by_head(right, slab))
 
 
 def bwd(dout, q, k, v, out, lse, key_padding_mask, position_ids, scale, causal, window, dropout_p, seed):
@@ -109,18 +127,69 @@ def bwd(dout, q, k, v, out, lse, key_padding_mask, position_ids, scale, causal, 
     generator = _generator(seed)
     H_kv, k, v = k.shape[1], k.contiguous(), v.contiguous()
     # Keys gather their gradient from many slabs: in fp32.
-    dq, dk, dv = _like(q), _like(k, torch.float32), _like(v, torch.float32)
+    dq, dk, dv = _like(q), torch.zeros(k.shape), torch.zeros(v.shape)
     q_, do_, dq_ = _grouped(q, H_kv), _grouped(dout, H_kv), _grouped(dq, H_kv)
-    for rows, queries, keys, hidden in _slabs(q, k, key_padding_mask, position_ids, causal, window):
-        b_q, b_do = q_[rows, :, :, queries].flatten(2, 3), do_[rows, :, :, queries].flatten(2, 3)
-        b_k, b_v, n = k[rows, :, keys], v[rows, :, keys], hidden.shape[3]
-        scores, p = _probabilities(b_q, b_k, hidden, scale)
-        dropped, dp = p, b_do @ b_v.mT
-        if generator is not None:
-            kept = _kept(generator, dropout_p, scores)
-            dropped, dp = kept(p), kept(dp)
-        dv[rows, :, keys] += _over_group(dropped, b_do, n)
-        ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale)
-        dq_[rows, :, :, queries] = (ds @ b_k).unflatten(2, (-1, n))
-        dk[rows, :, keys] += _over_group(ds, b_q, n)
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    scratch, scratch_d = _Scratch(q.dtype), _Scratch(q.dtype)
+    for slab in _slabs(q, k, key_padding_mask, position_ids, causal, window):
+        query, key = (slab.row, slab.heads, slice(None), slab.queries), (slab.row, slab.heads, slab.keys)
+        b_q, b_do = q_[query].flatten(1, 2), do_[query].flatten(1, 2)
+        b_k, b_v = k[key].contiguous(), v[key].contiguous()
+        p, ds = scratch.product(b_q, b_k), scratch_d.product(b_do, b_v)
+        kept = None if generator is None else _kept(generator, dropout_p, p)
+        ds = ds if kept is None else kept(ds)
+        torch.ops.fastlora.attention_softmax_bwd(_by_head(p, slab), _by_head(ds, slab), *slab[4:], scale)
+        _add(dv[key], p if kept is None else kept(p), b_do, slab)
+        _add(dk[key], ds, b_q, slab)
+        dq_[query] = (ds @ b_k).view(dq_[query].shape)
+    return dq, _like(k).copy_(dk), _like(v).copy_(dv)
+
+
+def _hidden(scores, first, last, bias):
+    j = torch.arange(scores.shape[2])
+    hidden = (j < first[:, None]) | (j >= last[:, None])
+    return hidden if bias is None else hidden | (bias == float("-inf"))
+
+
+def _softmax(scores, hidden, scale):
+    x = (scores.float() * scale).masked_fill_(hidden, float("-inf"))
+    return x.softmax(-1).masked_fill_(hidden.all(-1)[:, None], 0.0), x
+
+
+def _softmax_aten(scores, first, last, bias, scale):
+    hidden = _hidden(scores, first, last, bias)
+    p, x = _softmax(scores, hidden, scale)
+    scores.copy_(p)
+    return x.logsumexp(-1).masked_fill_(hidden.all(-1), float("inf"))
+
+
+def _softmax_bwd_aten(scores, dp, first, last, bias, scale):
+    p, _ = _softmax(scores, _hidden(scores, first, last, bias), scale)
+    dp.copy_(torch._softmax_backward_data(dp.float(), p, -1, torch.float32).mul_(scale))
+    scores.copy_(p)
+
+
+register(
+    "attention_softmax(Tensor(a!) scores, Tensor first, Tensor last, Tensor? bias, float scale) -> Tensor",
+    triton=_softmax_aten,
+    aten=_softmax_aten,
+    fake=lambda scores, first, last, bias, scale: scores.new_empty(scores.shape[:2], dtype=torch.float32),
+)
+
+
+def _accumulate_aten(total, parts):
+    total += parts.unflatten(0, (len(total), -1)).float().sum(1)
+
+
+register(
+    "accumulate(Tensor(a!) total, Tensor parts) -> ()",
+    triton=_accumulate_aten,
+    aten=_accumulate_aten,
+    fake=lambda total, parts: None,
+)
+register(
+    "attention_softmax_bwd(Tensor(a!) scores, Tensor(b!) dp, Tensor first, Tensor last, Tensor? bias, float scale)"
+    " -> ()",
+    triton=_softmax_bwd_aten,
+    aten=_softmax_bwd_aten,
+    fake=lambda scores, dp, first, last, bias, scale: None,
+)

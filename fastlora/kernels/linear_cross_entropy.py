@@ -8,8 +8,13 @@ from ._library import register
 from ._tiles import choose
 from ._tl import launch, next_power_of_2, tl, triton
 
-# Bytes of logits alive at once: the last-level cache of a CPU, and enough rows to fill a GPU.
-CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
+_CPU_ROWS = 256
+_GPU_BYTES = 1 << 28
+
+
+def chunk_rows(device: str, vocab: int, itemsize: int) -> int:
+    """Rows of logits alive at once: as few as a CPU's matrix product keeps its rate with; 256 MB to fill a GPU."""
+    return _CPU_ROWS if device == "cpu" else max(1, _GPU_BYTES // (vocab * itemsize))
 
 
 @triton.jit
@@ -100,7 +105,7 @@ def linear_cross_entropy_fwd(
         low, high = labels[rows].aminmax()
         if low < 0 or high >= V:
             raise IndexError(f"linear_cross_entropy: labels must be in [0, {V}), got {int(low if low < 0 else high)}")
-    chunk = max(1, CHUNK_BYTES.get(hidden.device.type, 1 << 28) // (V * hidden.element_size()))
+    chunk = chunk_rows(hidden.device.type, V, hidden.element_size())
     for start in range(0, len(rows), chunk):
         # A run of consecutive rows is sliced, not gathered.
         index = slice(start, start + chunk) if len(rows) == M else rows[start : start + chunk]

@@ -182,15 +182,21 @@ def _flat(parts):
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _product(narrow, wide):
-    """narrowᵀ wide, summed in fp32 whatever the dtype."""
-    return narrow.float().t() @ wide.float()
+def _tall_product(narrow, wide, mask):
+    return narrow.t() @ apply_mask(wide, mask).float()
+
+
+def _product(narrow, wide, mask=None):
+    """narrowᵀ (mask ∘ wide), summed in fp32 whatever the dtype."""
+    if wide.dtype == torch.float32:
+        return narrow.t() @ apply_mask(wide, mask)
+    return torch.ops.fastlora.tall_product(narrow.float().contiguous(), wide, mask)
 
 
 def _reduce_aten(ds, x, ranks, masks):
     if not any(mask is not None for mask in masks):
         return _product(ds, x).flatten()
-    return _flat([_product(dsg, apply_mask(x, mask)) for dsg, mask in zip(ds.split(ranks, 1), masks, strict=True)])
+    return _flat([_product(dsg, x, mask) for dsg, mask in zip(ds.split(ranks, 1), masks, strict=True)])
 
 
 def _rms_norm_bwd_reduce_aten(dn, x, weight, rstd, dresidual, need_dw, ds, ranks, masks):
@@ -205,7 +211,7 @@ def _rms_norm_bwd_reduce_fake(dn, x, weight, rstd, dresidual, need_dw, ds, ranks
 
 
 def _reduce_t_one(s, dy):
-    # In fp32 as autograd has it, to the bit; of a cast operand a BLAS wants the wide side last.
+    # In fp32 as autograd has it, to the bit.
     return dy.t() @ s if s.dtype == torch.float32 else _product(s, dy).t()
 
 
@@ -236,4 +242,10 @@ register(
     triton=rms_norm_bwd_reduce,
     aten=_rms_norm_bwd_reduce_aten,
     fake=_rms_norm_bwd_reduce_fake,
+)
+register(
+    "tall_product(Tensor narrow, Tensor wide, Tensor? mask) -> Tensor",
+    triton=_tall_product,
+    aten=_tall_product,
+    fake=lambda narrow, wide, mask: narrow.new_empty(narrow.shape[1], wide.shape[1]),
 )

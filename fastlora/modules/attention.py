@@ -49,15 +49,17 @@ class Mask(NamedTuple):
         return "plain" if self.positions is None else "packed"
 
 
-def choose(kind: str, arch: int) -> str:
-    """The implementation for batches of a kind on a GPU architecture; FASTLORA_ATTENTION forces one.
+def choose(kind: str, arch: int | None, dtype: torch.dtype | None = None) -> str:
+    """The implementation for batches of a kind on a GPU architecture, None for a CPU; FASTLORA_ATTENTION forces one.
+
+    On a CPU ours is ahead of SDPA but in fp32; of a dtype that is not known yet, it is ours to choose again.
 
     SDPA picks among backends of its own: FlashAttention-2 on an A100, cuDNN's on Hopper, both on record ahead of Triton
     where nothing is masked, and a mask takes it off them. FlashAttention-3 is on record ahead of both on Hopper.
     """
     forced = os.environ.get("FASTLORA_ATTENTION")
     if forced is None:
-        if kind != "plain":
+        if kind != "plain" or (arch is None and dtype != torch.float32):
             return OURS
         return flash_attn.FA3 if arch == 90 and flash_attn.installed(flash_attn.FA3) else SDPA
     if forced not in IMPLEMENTATIONS:
@@ -68,15 +70,16 @@ def choose(kind: str, arch: int) -> str:
     return forced
 
 
-def _chosen(kind: str, device: torch.device) -> str:
-    return choose(kind, _tiles.arch(device) if device.type == "cuda" else 0)
+def _chosen(kind: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
+    arch = None if device.type == "cpu" else _tiles.arch(device) if device.type == "cuda" else 0
+    return choose(kind, arch, dtype)
 
 
-def describe(device: torch.device) -> str:
+def describe(device: torch.device, dtype: torch.dtype) -> str:
     """For explain: every implementation chosen, and for what."""
     chosen: dict[str, list[str]] = {}
     for kind in KINDS:
-        chosen.setdefault(_chosen(kind, device), []).append(kind)
+        chosen.setdefault(_chosen(kind, device, dtype), []).append(kind)
     names = {OURS: "fastlora flash_attention", SDPA: "torch SDPA"}
     return ", ".join(f"{names.get(name, name)} ({', '.join(kinds)})" for name, kinds in chosen.items())
 
@@ -154,7 +157,7 @@ def attend(
         if attention_mask is not None and not decoding and _chosen("padded", query.device) != SDPA:
             module.count("attention", "a mask of the caller's own, or a layer that is not fused: SDPA")
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
-    name = _chosen(mask.kind, query.device)
+    name = _chosen(mask.kind, query.device, query.dtype)
     why = _why_not(name, query, key, mask, dropout)
     if why and name != OURS:
         name = OURS if _why_not(OURS, query, key, mask, dropout) is None else SDPA

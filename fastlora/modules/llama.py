@@ -77,7 +77,7 @@ class LlamaAttention(Fused, hf.LlamaAttention):
         rotation = "fastlora rope" if "rope" in self._fastlora.ops else "transformers rope"
         kernel = f"transformers {self.config._attn_implementation}"
         if self._attends():
-            kernel = attention.describe(self.q_proj.weight.device)
+            kernel = attention.describe(self.q_proj.weight.device, self.q_proj.weight.dtype)
         projections = (lora.part(self, n) for n in ("q_proj", "k_proj", "v_proj", "o_proj"))
         return [Part("", rotation, None), Part("attention", kernel, None), *projections]
 

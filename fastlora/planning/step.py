@@ -46,11 +46,11 @@ def step_bytes(
 
 def loss_bytes(shape: Shape, tokens: int, itemsize: int, residual: int, device: str, fused: bool) -> float:
     """What the last norm and the loss hold at once, beside the norm's output."""
-    from ..kernels.linear_cross_entropy import CHUNK_BYTES  # here, so that planning itself imports no torch
+    from ..kernels.linear_cross_entropy import chunk_rows  # here, so that planning itself imports no torch
 
     x = tokens * (shape.hidden * residual + 4.0)
-    logits = tokens * shape.vocab
     if not fused:
-        return x + tokens * shape.hidden * 4.0 + logits * (itemsize * 2 + 8.0)
+        return x + tokens * shape.hidden * 4.0 + tokens * shape.vocab * (itemsize * 2 + 8.0)
     copy = itemsize if residual != itemsize else 0
-    return x + tokens * shape.hidden * (itemsize + copy) + min(logits * itemsize, CHUNK_BYTES[device])
+    logits = min(tokens, chunk_rows(device, shape.vocab, itemsize)) * shape.vocab * itemsize
+    return x + tokens * shape.hidden * (itemsize + copy) + logits

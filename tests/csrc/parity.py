@@ -28,6 +28,10 @@ swiglu_bwd(Tensor dh, Tensor gate, Tensor up, bool need_h) -> (Tensor, Tensor, T
 cross_entropy_rows(Tensor(a!) logits, Tensor labels, Tensor scale, bool need_grad) -> Tensor
 dequantize_4bit(Tensor packed, Tensor absmax, Tensor code, Tensor? absmax2, Tensor? code2, Tensor? offset,
     int blocksize, int blocksize2, SymInt numel, ScalarType dtype) -> Tensor
+attention_softmax(Tensor(a!) scores, Tensor first, Tensor last, Tensor? bias, float scale) -> Tensor
+attention_softmax_bwd(Tensor(a!) scores, Tensor(b!) dp, Tensor first, Tensor last, Tensor? bias, float scale) -> ()
+accumulate(Tensor(a!) total, Tensor parts) -> ()
+tall_product(Tensor narrow, Tensor wide, Tensor? mask) -> Tensor
 """
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-5
@@ -234,6 +238,91 @@ def dequantize_4bit():
         assert torch.equal(w, (code[halves] * scale.repeat_interleave(blocksize)[:numel]).to(dtype))
 
 
+def eager_softmax(scores, hidden, scale):
+    x = (scores * scale).masked_fill(hidden, float("-inf"))
+    wide = x if x.dtype == torch.double else x.float()
+    return wide.softmax(-1).masked_fill(hidden.all(-1, True), 0.0).to(scores.dtype)
+
+
+def softmax_in_place(scores, *rest):
+    scores = scores.clone()
+    return scores, ops.attention_softmax(scores, *rest)
+
+
+def softmax_bwd_in_place(scores, dp, *rest):
+    scores, dp = scores.clone(), dp.clone()
+    ops.attention_softmax_bwd(scores, dp, *rest)
+    return scores, dp
+
+
+def attention_case(dtype, heads, queries, keys, padded):
+    what = f"attention {dtype} {(heads, queries, keys)} padded={padded}"
+    scores, dp = (torch.randn(2, heads, queries, keys) * 4).to(dtype)
+    first = torch.randint(-3, keys // 2 + 1, (queries,))
+    last = torch.randint(keys // 2 - 2, keys + 3, (queries,))
+    bias = torch.where(torch.rand(keys) < 0.3, float("-inf"), 0.0) if padded else None
+    j = torch.arange(keys)
+    hidden = (j < first[:, None]) | (j >= last[:, None]) | (False if bias is None else bias < 0)
+    rest = first, last, bias, 0.3
+    f = partial(eager_softmax, hidden=hidden, scale=0.3)
+    (eager,), (eager_ds,) = grads(f, (scores,), dp)
+    (truth,), (true_ds,) = grads(f, (scores,), dp, torch.double)
+    p, lse = same_bits_on_two_threads(softmax_in_place, scores, *rest)
+    check(what + " p", p, eager, truth)
+    assert (p.masked_select(hidden) == 0).all(), what
+    some = ~hidden.all(-1).expand(heads, -1)
+    true_lse = (scores.double() * 0.3).masked_fill(hidden, float("-inf")).logsumexp(-1)
+    eager_lse = (scores.float() * 0.3).masked_fill(hidden, float("-inf")).logsumexp(-1)
+    check(what + " lse", *(torch.where(some, one, 0.0) for one in (lse, eager_lse, true_lse)))
+    assert (lse[~some] == float("inf")).all(), what
+    again, ds = same_bits_on_two_threads(softmax_bwd_in_place, scores, dp, *rest)
+    assert torch.equal(again, p), what
+    check(what + " ds", ds, eager_ds, true_ds)
+
+
+def attention():
+    shapes = ((3, 1, 1), (2, 5, 7), (1, 40, 33), (2, 64, 64), (3, 30, 97), (1, 3, 1000), (2, 4, 0), (0, 4, 5))
+    for dtype, (heads, queries, keys), padded in product(DTYPES, shapes, (False, True)):
+        for _ in range(1 + 2000 // max(100, heads * queries * keys)):
+            attention_case(dtype, heads, queries, keys, padded)
+    x = torch.tensor([[[1.0, float("nan"), 2.0], [1.0, 2.0, float("nan")]]])
+    p, _ = softmax_in_place(x, torch.tensor([0, 0]), torch.tensor([3, 2]), None, 1.0)
+    assert p.isnan().any(-1).tolist() == [[True, False]], "a NaN that is seen is kept, one that is hidden is not"
+
+
+def accumulated(total, parts):
+    total = total.clone()
+    ops.accumulate(total[:, 1:], parts)
+    return total
+
+
+def accumulate():
+    for dtype, (groups, members, rows, cols) in product(
+        DTYPES, ((1, 1, 1, 1), (3, 2, 5, 7), (2, 1, 9, 64), (2, 4, 0, 3))
+    ):
+        total, parts = torch.randn(groups, rows + 1, cols), torch.randn(groups * members, rows, cols).to(dtype)
+        ours = same_bits_on_two_threads(accumulated, total, parts)
+        added = parts.unflatten(0, (groups, members))
+        eager, truth = total.clone(), total.double()
+        eager[:, 1:] += added.float().sum(1)
+        truth[:, 1:] += added.double().sum(1)
+        check(f"accumulate {dtype} {(groups, members, rows, cols)}", ours, eager, truth)
+
+
+def tall_product():
+    shapes = ((1, 1, 1), (5, 3, 7), (130, 9, 33), (300, 16, 64), (129, 11, 100), (0, 2, 5), (4, 0, 5))
+    for dtype, (rows, members, cols), masked in product(DTYPES, shapes, (False, True)):
+        for _ in draws(rows, members):
+            narrow, wide = torch.randn(rows, members), torch.randn(rows, cols).to(dtype)
+            bits = torch.randint(256, (rows, (cols + 7) // 8), dtype=torch.uint8) if masked else None
+            seen = wide
+            if masked:
+                seen = wide * (bits[:, :, None] >> torch.arange(8) & 1).flatten(1)[:, :cols]
+            ours = same_bits_on_two_threads(ops.tall_product, narrow, wide, bits)
+            what = f"tall_product {dtype} {(rows, members, cols)} masked={masked}"
+            check(what, ours, narrow.t() @ seen.float(), narrow.double().t() @ seen.double())
+
+
 def conversions():
     """Every bf16 and fp16 value survives load and store; every rounding boundary rounds as PyTorch rounds."""
     for dtype in (torch.bfloat16, torch.float16):
@@ -271,6 +360,15 @@ def refusals():
         (lambda: ops.cross_entropy_rows(x, labels, scale.double(), False), "scale is Double ()"),
         (lambda: ops.dequantize_4bit(x, w, w, None, None, None, 64, 1, 32, x.dtype), "packed is Float (4, 8)"),
         (lambda: ops.dequantize_4bit(labels.byte(), w, w, None, None, None, 64, 1, 8, x.dtype), "code is Float (8)"),
+        (lambda: ops.attention_softmax(x, labels, labels, None, 1.0), "scores is Float (4, 8)"),
+        (lambda: ops.attention_softmax(x[None], labels[:3], labels, None, 1.0), "first is Long (3)"),
+        (lambda: ops.attention_softmax(x[None], labels, labels.int(), None, 1.0), "last is Int (4)"),
+        (lambda: ops.attention_softmax(x[None], labels, labels, w.half(), 1.0), "bias is Half (8)"),
+        (lambda: ops.attention_softmax_bwd(x[None], x[None, :2], labels, labels, w, 1.0), "dp is Float (1, 2, 8)"),
+        (lambda: ops.tall_product(x.half(), x, None), "narrow is Half (4, 8)"),
+        (lambda: ops.tall_product(x, x, labels[:, None].byte()[:3]), "mask is Byte (3, 1)"),
+        (lambda: ops.accumulate(x[None], x[None, :2]), "total is Float (1, 4, 8)"),
+        (lambda: ops.accumulate(x[None].expand(2, 4, 8), x.expand(3, 4, 8).contiguous()), "parts is Float (3, 4, 8)"),
     ):
         try:
             call()
@@ -282,7 +380,8 @@ def refusals():
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    for test in (rms_norm, rope, swiglu, cross_entropy, dequantize_4bit, conversions, refusals):
+    kernels = (rms_norm, rope, swiglu, cross_entropy, dequantize_4bit, attention, accumulate, tall_product)
+    for test in (*kernels, conversions, refusals):
         test()
         assert not (over := [excess for budget in budgets.values() if (excess := budget.excess())]), over
         print(f"{isa().decode()} {test.__name__} ok")

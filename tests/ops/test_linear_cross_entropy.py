@@ -24,8 +24,7 @@ def make(M=37, H=24, V=50, dtype=torch.float32, ignored=0.3, train=("hidden",), 
 
 @pytest.fixture
 def chunks_of_eight(monkeypatch):
-    """Logits of eight rows of 50 fp32 numbers at once, sixteen of 16 bits."""
-    monkeypatch.setitem(kernels.CHUNK_BYTES, "cpu", 8 * 50 * 4)
+    monkeypatch.setattr(kernels, "_CPU_ROWS", 8)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

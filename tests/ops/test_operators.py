@@ -11,6 +11,8 @@ from fastlora.kernels import _library
 from fastlora.kernels._library import INTERPRET
 
 M, K, N, R = 5, 24, 40, 4
+# What the compositions for the CPU are made of: not Triton on any device.
+ON_CPU = {"accumulate", "apply_mask", "attention_softmax", "attention_softmax_bwd", "tall_product"}
 
 
 def normal(*shape, dtype=torch.float32):
@@ -29,6 +31,7 @@ def samples() -> dict[str, list[tuple]]:
     cos, sin, table = normal(2, 6, 32), normal(1, 6, 32), normal(1, M, 8)
     out, lse = torch.ops.fastlora.flash_attention_fwd(q, k, k, None, None, 0.2, True, None, 0.0, None)
     seed = torch.tensor(1234)
+    keys = torch.arange(6)
     real, positions = torch.ones(2, 6, dtype=torch.bool), torch.arange(6)[None]
     return {
         "rms_norm_fwd": [(x, norm, 1e-6), (half, norm, 1e-6)],
@@ -70,6 +73,10 @@ def samples() -> dict[str, list[tuple]]:
             (out, q, k, k, out, lse, None, None, 0.2, True, None, 0.0, None),
             (out, q, k, k, out, lse, None, None, 0.2, True, None, 0.1, seed),
         ],
+        "attention_softmax": [(q.flatten(0, 1).contiguous(), keys, keys + 9, None, 0.2)],
+        "attention_softmax_bwd": [(normal(3, 6, 7), normal(3, 6, 7), keys, keys + 2, normal(7), 0.2)],
+        "accumulate": [(normal(2, 6, 7), normal(4, 6, 7))],
+        "tall_product": [(s, x, None), (s, half, mask)],
     }
 
 
@@ -94,15 +101,15 @@ def test_the_cpu_key_runs_what_this_process_is_meant_to_test(backend):
     if INTERPRET:
         assert set(kinds.values()) == {"triton (interpreter)"}
     elif _library.csrc_state == "loaded":
-        elementwise = ("rms_norm_fwd", "rms_norm_bwd", "rope", "swiglu_fwd", "swiglu_bwd", "cross_entropy_rows")
-        elementwise += ("dequantize_4bit",)
-        assert {kinds[name] for name in elementwise} == {"csrc"}
+        in_cpp = {"rms_norm_fwd", "rms_norm_bwd", "rope", "swiglu_fwd", "swiglu_bwd", "cross_entropy_rows"}
+        in_cpp |= ON_CPU | {"dequantize_4bit", "dropout_mask"}
+        assert {kinds[name] for name in in_cpp} == {"csrc"}
     else:
         assert set(kinds.values()) == {"aten"}
 
 
 @pytest.mark.skipif(not INTERPRET, reason="the Triton launchers run under TRITON_INTERPRET=1 only")
-@pytest.mark.parametrize("name", sorted(set(registered()) - {"apply_mask"}))  # apply_mask is ATen on every device
+@pytest.mark.parametrize("name", sorted(set(registered()) - ON_CPU))
 def test_nothing_comes_out_without_the_kernel(name, monkeypatch):
     """Without launches all is poison: nothing but the kernel computes it, and no test can miss that it did not run."""
     arguments = samples()[name][0]

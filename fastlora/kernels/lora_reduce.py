@@ -147,8 +147,10 @@ def rms_norm_bwd_reduce(
     masks: Masks,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dx and dweight of rms_norm_bwd, and lora_reduce(ds, n) of the n = rms_norm(x) that it remakes."""
+    # First what may be handed to the composition, so that nothing is computed for it twice.
+    da = _reduce("rms_norm_reduce", ds, x, weight, rstd, ranks, masks)
     dx, dw, _ = rms_norm_bwd(dn, x, weight, rstd, dresidual, need_dw, False)
-    return dx, dw, _reduce("rms_norm_reduce", ds, x, weight, rstd, ranks, masks)
+    return dx, dw, da
 
 
 def lora_reduce_t(s: torch.Tensor, dy: Tensors, ranks: Sequence[int]) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -41,25 +42,32 @@ VOCAB = 32000
 def of_model(
     model: Model, tokens: int, rank: int, dtype: torch.dtype, device: torch.device, dropout: bool = False
 ) -> list[Call]:
-    """Every call of a layer's step, forward and backward, with LoRA of one rank on all seven projections."""
+    """Every call of a step that is chosen, in a layer forward and backward and in the loss, with LoRA of one rank on
+    all seven projections."""
     H, F, kv = model.hidden, model.ffn, model.kv_heads * model.head_dim
-    # q, k, v; o; gate, up; down: the columns of all projections together, the reduction, how many they are.
-    groups = ((H + 2 * kv, H, 3, "rms_norm"), (H, H, 1, "lora"), (2 * F, H, 2, "rms_norm"), (H, F, 1, "swiglu"))
     dropped = "_dropout" if dropout else ""
     found = []
-    for n, k, p, producer in groups:
+
+    def group(producer: str, gemm: str, n: int, k: int, p: int, reduces: Iterable[str]) -> None:
+        """p projections of one x: the columns of all together, and the reduction."""
         ranks = {"r": p * rank, "p": p}
-        found += [
-            (f"{producer}_project{dropped}", {"k": k, **ranks}),
-            ("lora_gemm", {"n": n, "k": k, **ranks}),
-            ("lora_project_t", {"k": n, **ranks}),
-            (f"lora_gemm_t{dropped}", {"n": k, "k": n, **ranks}),
-            (f"lora_reduce{dropped}", {"n": k, **ranks}),
-            ("lora_reduce_t", {"n": n, **ranks}),
-        ]
-    found += [("swiglu", {"n": tokens * F}), ("cross_entropy", {"n": VOCAB})]
-    calls = [Call(kernel, dtype, device, **({"m": tokens} if kernel != "swiglu" else {}), **s) for kernel, s in found]
-    return list(dict.fromkeys(calls))
+        found.extend(
+            [
+                (f"{producer}_project{dropped}", {"k": k, **ranks}),
+                (gemm, {"n": n, "k": k, **ranks}),
+                ("lora_project_t", {"k": n, **ranks}),
+                (f"lora_gemm_t{dropped}", {"n": k, "k": n, **ranks}),
+                *((one, {"n": n if one.endswith("_t") else k, **ranks}) for one in reduces),
+            ]
+        )
+
+    group("rms_norm", "lora_gemm_rotary", H + 2 * kv, H, 3, (f"rms_norm_reduce{dropped}", "lora_reduce_t"))
+    group("lora", "lora_gemm", H, H, 1, (f"lora_reduce{dropped}", "lora_reduce_t"))
+    group("rms_norm", "lora_gemm", 2 * F, H, 2, (f"rms_norm_reduce{dropped}",))
+    group("swiglu", "lora_gemm", H, F, 1, ("lora_reduce_t",))
+    # dA of down_proj and dB of gate_proj and up_proj, in one.
+    found += [(f"swiglu_reduce{dropped}", {"n": F, "r": rank, "p": 3}), ("cross_entropy", {"n": VOCAB})]
+    return list(dict.fromkeys(Call(kernel, dtype, device, m=tokens, **sizes) for kernel, sizes in found))
 
 
 def _parts(total: int, p: int) -> list[int]:
@@ -98,6 +106,26 @@ def _gemm_arguments(c: Call, new: New) -> tuple[Any, ...]:
     b = [new(n, r, dtype=torch.float32, scale=r**-0.5) for n in N]
     residual = new(c.m, c.n) if c.p == 1 else None
     return new(c.m, c.k), w, new(c.m, c.r), b, [None] * c.p, residual
+
+
+def _rotary_arguments(c: Call, new: New) -> tuple[Any, ...]:
+    """As columns of queries c.k, as many of keys and of values; their heads have 128, or what divides them."""
+    N, r = (c.k, *[(c.n - c.k) // 2] * 2), c.r // c.p
+    D = math.gcd(N[1], 128)
+    w = [new(n, c.k, scale=c.k**-0.5) for n in N]
+    b = [new(n, r, dtype=torch.float32, scale=r**-0.5) for n in N]
+    return new(c.m, c.k), w, new(c.m, c.r), b, [None] * c.p, None, new(1, c.m, D), new(1, c.m, D)
+
+
+def _rotary_truth(x, w, s, b, bias, residual, cos, sin):
+    q, k, v = _gemm_truth(x, w, s, b, bias, residual)
+    cos, sin = _d(cos).transpose(0, 1), _d(sin).transpose(0, 1)
+    rotated = []
+    for y in (q, k):
+        heads = y.view(len(y), -1, cos.shape[2])
+        first, second = heads.chunk(2, 2)
+        rotated.append((heads * cos + torch.cat((-second, first), 2) * sin).view(y.shape))
+    return [*rotated, v]
 
 
 def _gemm_truth(x, w, s, b, bias, residual):
@@ -181,6 +209,30 @@ def _reduce_t_truth(s, dy, ranks):
     return [torch.cat([(_d(dyi).t() @ _d(si)).flatten() for dyi, si in zip(dy, s.split(ranks, 1), strict=True)])]
 
 
+def _rms_norm_reduce_arguments(c: Call, new: New) -> tuple[Any, ...]:
+    dn, x, dresidual = new(c.m, c.n), new(c.m, c.n), new(c.m, c.n)
+    rstd = torch.rsqrt(x.float().square().mean(1) + 1e-5)
+    return dn, x, new(c.n), rstd, dresidual, False, new(c.m, c.r), [c.r // c.p] * c.p, _masks(c, new, c.n)
+
+
+def _rms_norm_reduce_truth(dn, x, weight, rstd, dresidual, need_dw, ds, ranks, masks):
+    normed = _d(x) * _d(rstd)[:, None]
+    g = _d(dn) * _d(weight)
+    dx = _d(rstd)[:, None] * (g - normed * (g * normed).mean(1, keepdim=True)) + _d(dresidual)
+    return [dx, *_reduce_truth(ds, normed * _d(weight), ranks, masks)]
+
+
+def _swiglu_reduce_arguments(c: Call, new: New) -> tuple[Any, ...]:
+    dh, gate, up = (new(c.m, c.n) for _ in range(3))
+    return dh, gate, up, new(c.m, c.r), [c.r], _masks(c, new, c.n)[:1], new(c.m, 2 * c.r), [c.r, c.r]
+
+
+def _swiglu_reduce_truth(dh, gate, up, ds, ranks, masks, s, b_ranks):
+    dgate, dup, h = _swiglu_truth(dh, gate, up, True)
+    flat = torch.cat([*_reduce_truth(ds, h, ranks, masks), *_reduce_t_truth(s, [dgate, dup], b_ranks)])
+    return [dgate, dup, flat]
+
+
 def _swiglu_arguments(c: Call, new: New) -> tuple[Any, ...]:
     return new(1, c.n), new(1, c.n), new(1, c.n), True
 
@@ -214,9 +266,12 @@ _GEMM_T = Kernel("lora_gemm_t", _gemm_t_arguments, _gemm_t_truth)
 _PROJECT = Kernel("lora_project", _project_arguments, _project_truth)
 _NORM = Kernel("rms_norm_project", _rms_norm_project_arguments, _rms_norm_project_truth)
 _SWIGLU = Kernel("swiglu_project", _swiglu_project_arguments, _swiglu_project_truth)
+_NORM_REDUCE = Kernel("rms_norm_bwd_reduce", _rms_norm_reduce_arguments, _rms_norm_reduce_truth)
+_SWIGLU_REDUCE = Kernel("swiglu_bwd_reduce", _swiglu_reduce_arguments, _swiglu_reduce_truth)
 _REDUCE = Kernel("lora_reduce", _reduce_arguments, _reduce_truth)
 KERNELS = {
     "lora_gemm": Kernel("lora_gemm", _gemm_arguments, _gemm_truth),
+    "lora_gemm_rotary": Kernel("lora_gemm", _rotary_arguments, _rotary_truth),
     "lora_gemm_t": _GEMM_T,
     "lora_gemm_t_dropout": _GEMM_T,
     "lora_project": _PROJECT,
@@ -228,6 +283,10 @@ KERNELS = {
     "lora_project_t": Kernel("lora_project_t", _project_t_arguments, _project_t_truth),
     "lora_reduce": _REDUCE,
     "lora_reduce_dropout": _REDUCE,
+    "rms_norm_reduce": _NORM_REDUCE,
+    "rms_norm_reduce_dropout": _NORM_REDUCE,
+    "swiglu_reduce": _SWIGLU_REDUCE,
+    "swiglu_reduce_dropout": _SWIGLU_REDUCE,
     "lora_reduce_t": Kernel("lora_reduce_t", _reduce_t_arguments, _reduce_t_truth),
     "swiglu": Kernel("swiglu_bwd", _swiglu_arguments, _swiglu_truth),
     "cross_entropy": Kernel("cross_entropy_rows", _cross_entropy_arguments, _cross_entropy_truth),
@@ -236,17 +295,14 @@ KERNELS = {
 
 def probes(kernel: str) -> Iterator[Call]:
     """Calls whose code is what Llama 2 asks of a kernel at its easiest and at its hardest: ranks 16 and 128, one
-    projection with a residual and three without."""
+    projection with a residual and as many as there are without."""
     meta = torch.device("meta")
     dtype = torch.float32 if kernel.endswith("_fp32") else torch.bfloat16
     name = kernel.removesuffix("_fp32")
     model = MODELS["7b"]
+    if name == "swiglu":  # of a step without adapters
+        yield Call(name, dtype, meta, n=4096 * model.ffn)
     for rank in (16, 128):
-        for call in of_model(model, 4096, rank, dtype, meta, "dropout" in name):
-            if call.kernel == name and call.p in (0, 1 if rank == 128 and name == "lora_gemm" else 3, *_only(name)):
-                yield call
-
-
-def _only(name: str) -> tuple[int, ...]:
-    """swiglu_project has one projection, lora_project too."""
-    return (1,) if name.startswith(("swiglu_project", "lora_project")) and name != "lora_project_t" else ()
+        of = [call for call in of_model(model, 4096, rank, dtype, meta, "dropout" in name) if call.kernel == name]
+        hardest = 1 if rank == 128 and name == "lora_gemm" else max((call.p for call in of), default=0)
+        yield from (call for call in of if call.p == hardest)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from ..kernels._rows import ROWS, Tile
 from .aot import SHARED_LIMIT
 
+_HEAD = 128  # of every Llama 2
 # Rows, columns, reduction, ranks per product, warps, stages.
 Space = tuple[tuple[int, ...], ...]
 _GEMM: Space = ((64, 128, 256), (64, 128, 256), (32, 64), (16, 32), (4, 8), (3, 4))
@@ -15,8 +16,10 @@ _PROJECT: Space = ((16, 32, 64), (1,), (64, 128), (64,), (4,), (2, 3))
 _PROJECT_DROPOUT: Space = ((16, 32, 64), (1,), (64, 128), (32, 64), (4,), (2, 3))
 _REDUCE: Space = ((32, 64), (64, 128), (1,), (64,), (4, 8), (2, 3))
 _REDUCE_DROPOUT: Space = ((32, 64), (64, 128), (1,), (32, 64), (4, 8), (2, 3))
+_SEVERAL_REDUCE: Space = ((32, 64), (64, 128), (1,), (16, 32), (4, 8), (2, 3))
 SPACES: dict[str, Space] = {
     "lora_gemm": _GEMM,
+    "lora_gemm_rotary": _GEMM,
     "lora_gemm_t": _GEMM,
     "lora_gemm_t_dropout": _GEMM,
     "lora_project": _PROJECT,
@@ -29,6 +32,10 @@ SPACES: dict[str, Space] = {
     "lora_reduce": _REDUCE,
     "lora_reduce_dropout": _REDUCE_DROPOUT,
     "lora_reduce_t": _REDUCE,
+    "rms_norm_reduce": _REDUCE,
+    "rms_norm_reduce_dropout": _SEVERAL_REDUCE,
+    "swiglu_reduce": _SEVERAL_REDUCE,
+    "swiglu_reduce_dropout": _SEVERAL_REDUCE,
     "swiglu": ((1,), (512, 1024, 2048), (1,), (64,), (4, 8), (2,)),
     "cross_entropy": ((1,), (2048, 4096, 8192), (1,), (64,), (4, 8), (2,)),
 }
@@ -55,6 +62,8 @@ def candidates(kernel: str, arch: int) -> list[Tile]:
 def _holds(kernel: str, tile: Tile, arch: int) -> bool:
     if shared_bytes(kernel, tile, arch) > SHARED_LIMIT[arch]:
         return False
+    if kernel == "lora_gemm_rotary" and tile.n % _HEAD:
+        return False  # it rotates the heads that it holds whole
     if kernel.startswith("lora_gemm"):
         # fp32 accumulators: at most half of a thread's 255 registers, and enough that operands are used often; with
         # dropout a second product is alive beside them. Near a square, where bytes per FLOP are least. And 96 elements
@@ -77,7 +86,7 @@ def shared_bytes(kernel: str, tile: Tile, arch: int) -> int:
     elif "project" in kernel:
         elements = (tile.m + 16) * tile.k
     elif "reduce" in kernel:
-        elements = (tile.n + 16) * tile.m
+        elements = ((3 if kernel.startswith("swiglu") else 1) * tile.n + 16) * tile.m
     else:
         return 0
     return 2 * copies * elements

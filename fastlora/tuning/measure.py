@@ -99,7 +99,8 @@ def check(ours: Any, truth: list[torch.Tensor], call: Call) -> None:
     """
     outputs = [out for out in (ours if isinstance(ours, (list, tuple)) else (ours,)) if out.numel()]
     length = max(call.m, call.n if call.m else 1, call.k)
-    made = torch.finfo(call.dtype).eps / 2 if "project" in call.kernel or call.kernel == "swiglu" else 0.0
+    makes = "project" in call.kernel or call.kernel.startswith(("swiglu", "rms_norm"))
+    made = torch.finfo(call.dtype).eps / 2 if makes else 0.0
     for i, (out, expected) in enumerate(zip(outputs, truth, strict=True)):
         u = max(torch.finfo(out.dtype).eps / 2, made)
         allowed = 2 * u + 2 * 2**-24 * length**0.5

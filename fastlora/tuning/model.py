@@ -67,7 +67,8 @@ class _Work(NamedTuple):
 
 def _work(call: Call, tile: Tile) -> _Work:
     m, n, k, r, p = call.m, call.n, call.k, call.r, max(1, call.p)
-    together = call.kernel == "lora_gemm" or call.kernel.endswith("_t")  # ranks that one product sees: of a projection
+    # Ranks that one product sees: of a projection.
+    together = call.kernel in ("lora_gemm", "lora_gemm_rotary") or call.kernel.endswith("_t")
     ranks = max(1, r // p if together and call.kernel != "lora_gemm_t" else r)
     block = min(tile.r, max(16, 1 << (ranks - 1).bit_length()))
     if call.kernel.startswith("lora_gemm"):
@@ -87,10 +88,12 @@ def _work(call: Call, tile: Tile) -> _Work:
         tiles = math.ceil(n / tile.n) * math.ceil(ranks / block)
         splits = max(1, min(math.ceil(216 / tiles), math.ceil(m / 512)))
         depth = _up(m / splits, tile.m)
-        l2 = 2.0 * tiles * splits * (block + tile.n) * depth
-        shared = _operands(block, tile.n, tile.warps) * depth
-        dram = 2.0 * (m * n + m * r) + 8.0 * splits * ranks * n
-        return _Work(tiles * splits, 2.0 * block * tile.n * depth, shared, l2, dram)
+        # SwiGLU's has three products, of three tensors read and of what it makes of them, of which it writes two.
+        products, written = (3, 2) if call.kernel.startswith("swiglu") else (1, 0)
+        l2 = 2.0 * tiles * splits * products * (block + tile.n) * depth
+        shared = products * _operands(block, tile.n, tile.warps) * depth
+        dram = 2.0 * ((products + written) * m * n + products * m * r) + 8.0 * splits * products * ranks * n
+        return _Work(tiles * splits, 2.0 * products * block * tile.n * depth, shared, l2, dram)
     if call.kernel == "swiglu":
         return _Work(math.ceil(n / tile.n), 0.0, 0.0, 12.0 * n, 12.0 * n)
     return _Work(m, 0.0, 0.0, 6.0 * m * n, 6.0 * m * n)  # cross_entropy

@@ -45,7 +45,7 @@ def _ops(argv: list[str]) -> int:
     sink = open_sink(args, "ops")
     red = 0
     for dtype in args.dtype:
-        ceilings = machine.ceilings(args.device, dtype)
+        ceilings = machine.ceilings(args.device, dtype, args.quick)
         print(f"{dtype}: {ceilings.bandwidth / 1e9:,.0f} GB/s copied, {ceilings.flops / 1e12:,.2f} TFLOP/s multiplied")
         for op in args.op or NAMES:
             for case in cases(op, args.device, dtype, args.quick):

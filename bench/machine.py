@@ -83,13 +83,16 @@ def info(device: str) -> dict[str, Any]:
     return found
 
 
-def ceilings(device: str, dtype: torch.dtype) -> Ceilings:
-    """Measured now: a copy of 256 MB (1 GB on a GPU), and a square matrix product of random data."""
+def ceilings(device: str, dtype: torch.dtype, quick: bool = False) -> Ceilings:
+    """Measured now: a copy of 256 MB (1 GB on a GPU), and a square matrix product of random data.
+
+    quick: of small ones, where the figures do not matter: in fp16 a CPU takes minutes for the large product.
+    """
     gpu = device == "cuda"
-    n = (1 << 30) if gpu else (1 << 28)
+    n = (1 << 22) if quick else (1 << 30) if gpu else (1 << 28)
     source = torch.empty(n // 4, dtype=torch.float32, device=device).normal_()
     target = torch.empty_like(source)
-    side = 8192 if gpu else 2048
+    side = 256 if quick else 8192 if gpu else 2048
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     return Ceilings(2 * n / _best(lambda: target.copy_(source), device), 2 * side**3 / _best(lambda: a @ b, device))
 

@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 pytest.importorskip("triton")
 
+from fastlora.kernels import _tiles
 from fastlora.kernels._rows import ANY, ROWS, Row, Tile
 from fastlora.kernels._tiles import Call
 from fastlora.tuning import calls, candidates, model, rows, screen
@@ -52,14 +53,17 @@ def test_rows_for_short_batches_do_not_spill():
     of = [row for row in screen.shipped_rows(80, screen.kernels()) if row.m < ANY]
     assert len(of) > 5
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(_compile_row, row.kernel, row.tile, row.r) for row in of]
+        jobs = [pool.submit(screen.compile_one, row.kernel, row.tile, 80, _served(row)) for row in of]
         over = [job.result() for job in jobs if not job.result().survives(80)]
     assert not over
 
 
-def _compile_row(kernel, tile, most_ranks):
-    """At the ranks that the row holds."""
-    return screen.compile_one(kernel, tile, 80, [call for call in calls.probes(kernel) if call.r <= most_ranks])
+def _served(row):
+    """The probes, of as many rows as it holds, that this row answers and none before it."""
+    rows = screen.shipped_rows(80, [row.kernel])
+    served = [call for call in calls.probes(row.kernel) if _tiles._fit(rows, call._replace(m=row.m)) is row]
+    assert served, row
+    return served
 
 
 def _fake(job):

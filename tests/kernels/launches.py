@@ -134,8 +134,9 @@ def attention_in_halves(model):
 
 
 def attention_in_fp32(model):
-    for D in (64, 128):
+    for D in (64, 128, 256):
         attend(32, 8, FP32, D, "padded")
+        attend(32, 8, FP32, D, "padded", p=0.1)
 
 
 def attention_dropout(model):

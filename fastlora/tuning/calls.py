@@ -70,6 +70,11 @@ def of_model(
     return list(dict.fromkeys(Call(kernel, dtype, device, m=tokens, **sizes) for kernel, sizes in found))
 
 
+def beside(model: Model, tokens: int, dtype: torch.dtype, device: torch.device) -> list[Call]:
+    """What only a layer launches whose MLP is not one operator, because a projection of it is left to PEFT."""
+    return [Call("swiglu", dtype, device, n=tokens * model.ffn)]
+
+
 def _parts(total: int, p: int) -> list[int]:
     """Columns of p projections that are ``total`` together: as q, k and v are, the first the widest."""
     rest = total // p // 64 * 64 or total // p

@@ -68,7 +68,10 @@ def _calls(kernel: str, tokens: int, ranks: Iterable[int]) -> list[Call]:
         call
         for one in calls.MODELS.values()
         for rank in ranks
-        for call in calls.of_model(one, tokens, rank, torch.bfloat16, meta, "dropout" in name)
+        for call in (
+            *calls.of_model(one, tokens, rank, torch.bfloat16, meta, "dropout" in name),
+            *calls.beside(one, tokens, torch.bfloat16, meta),
+        )
     ]
     return [call for call in every if call.kernel == name]
 

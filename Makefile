@@ -26,11 +26,11 @@ test-cpu: $(VENV)/ready
 
 # the Triton programs, through Triton's interpreter
 test-triton: $(VENV)/ready
-	$(RUN) TRITON_INTERPRET=1 $(BIN)/python $(PYTEST) tests/ops
+	$(RUN) TRITON_INTERPRET=1 $(BIN)/python $(PYTEST) --dist worksteal tests/ops
 
 # the ATen compositions that serve where csrc is not built
 test-aten: $(VENV)/ready
-	$(RUN) FASTLORA_CSRC=0 $(BIN)/python $(PYTEST) tests/ops
+	$(RUN) FASTLORA_CSRC=0 $(BIN)/python $(PYTEST) --dist worksteal tests/ops
 
 # the patching tests on the oldest transformers we support
 $(VENV)-compat/ready: pyproject.toml setup.py constraints.txt

@@ -106,11 +106,11 @@ def check(case, make=None, incoming=random_incoming, seen=None):
 
 
 @DTYPES
-@pytest.mark.parametrize(("M", "K", "F"), [(1, 16, 16), (7, 24, 40), (9, 33, 37), (0, 24, 40), (70, 40, 130)])
+@pytest.mark.parametrize(("M", "K", "F"), [(1, 24, 40), (7, 24, 40), (9, 33, 37), (0, 24, 40), (70, 40, 130)])
 @pytest.mark.parametrize("normed", [False, True])
 def test_sizes(normed, M, K, F, dtype):
     if M == 1 and dtype == torch.float32:
-        M = 2  # eager's products of one row are a BLAS's matrix-vector ones, which sum in more accumulators than a tile
+        M = 5  # a BLAS has kernels of their own for a row or two, which sum in more accumulators than a tile
     check(Case(M, K, F, dtype=dtype, norm=dtype if normed else None))
 
 

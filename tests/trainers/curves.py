@@ -12,6 +12,7 @@ Where the model is patched does not show in a single bit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -40,7 +41,8 @@ Case = Callable[..., Sequence[torch.Tensor]]
 
 
 def adapters(model: nn.Module) -> Tensors:
-    return {name: p.detach().double().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name.removeprefix("_orig_mod."): p.detach().double().clone() for name, p in trained.items()}
 
 
 def llama(seed: int, **config) -> nn.Module:
@@ -70,8 +72,14 @@ def train(
 
 
 def truth(case: Case, seed: int, **config) -> Training:
+    return _truth(case, seed, **{**config, "dtype": torch.float32})
+
+
+@functools.cache
+def _truth(case: Case, seed: int, **config) -> Training:
+    """Kept: several forms of one training have one truth."""
     with InFloat64():
-        found = train(case, seed, None, exact=True, **{**config, "dtype": torch.float32})
+        found = train(case, seed, None, exact=True, **config)
     assert found.losses.dtype == torch.float64
     return found
 
@@ -91,7 +99,8 @@ def judge(
 
     Args:
         case: the training.
-        exact: what to train in float64, where that is not ``case``: what is said to be the same.
+        exact: what to train in float64, where that is not ``case``: what is said to be the same. Trained once per
+            seed, whoever asks.
         runs: how many, each with another seed; an excess is drawn again, up to ``MOST`` in all.
         places: where to patch. All give the same bits.
         attach: gives the base its adapters; LoRA on all linear layers, if the trainer does not do it.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import transformers
@@ -11,7 +13,7 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 import fastlora
 from fastlora.integrations import FastLoraCallback
 
-from .curves import PLACES, STEPS, judge, llama, lora
+from .curves import PLACES, STEPS, judge, llama, lora, train
 
 VOCAB = 300
 
@@ -85,60 +87,89 @@ CASES = {
 HALVES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Padded batches of four: in float64 the truth of every form of it."""
+    return case(tmp_path_factory.mktemp("plain"))
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_training(name, tmp_path, record_property):
-    places = PLACES if name == "plain" else PLACES[:1]
-    model, figures = judge(case(tmp_path, **CASES[name]), places=places)
+def test_training(name, plain, tmp_path, record_property):
+    exact = plain if name in ("plain", "bf16") else None
+    model, figures = judge(case(tmp_path, **CASES[name]), exact=exact)
     record_property("figures", figures)
     assert_fused(model, head=name != "label smoothing")
 
 
-def test_accumulated_micro_batches_equal_one_batch(tmp_path, record_property):
+def test_accumulated_micro_batches_equal_one_batch(plain, tmp_path, record_property):
     """Float64 trains on the whole batch at once."""
-    model, figures = judge(case(tmp_path, **HALVES), exact=case(tmp_path))
+    model, figures = judge(case(tmp_path, **HALVES), exact=plain)
     record_property("figures", figures)
     assert_fused(model, calls=2 * STEPS)
 
 
-def test_packed_equals_padded(tmp_path, record_property):
+def test_packed_equals_padded(plain, tmp_path, record_property):
     """Float64 trains on padded rows; DataCollatorWithFlattening makes one row of several, told apart by position_ids."""
-    model, figures = judge(case(tmp_path, collate=DataCollatorWithFlattening()), exact=case(tmp_path))
+    model, figures = judge(case(tmp_path, collate=DataCollatorWithFlattening()), exact=plain)
     record_property("figures", figures)
     assert_fused(model)
     assert row(model, ".self_attn.attention").fused == STEPS
 
 
-def test_gradient_checkpointing(tmp_path, record_property):
+def test_gradient_checkpointing(plain, tmp_path, record_property):
     """Float64 stores: what computes for it in float64 does not see the second pass."""
-    model, figures = judge(case(tmp_path, gradient_checkpointing=True), exact=case(tmp_path), places=PLACES[:1])
+    model, figures = judge(case(tmp_path, gradient_checkpointing=True), exact=plain)
     record_property("figures", figures)
     assert_fused(model, head=True)
     assert row(model, "layers.0.mlp").fused == 2 * STEPS
 
 
-def test_bf16_base(tmp_path, record_property):
+def test_bf16_base(plain, tmp_path, record_property):
     """bf16 weights, fp32 adapters, autocast: what most people train."""
-    model, figures = judge(case(tmp_path, bf16=True), dtype=torch.bfloat16)
+    model, figures = judge(case(tmp_path, bf16=True), exact=plain, dtype=torch.bfloat16)
     record_property("figures", figures)
     assert_fused(model)
 
 
-def test_resumed_equals_uninterrupted(tmp_path):
+def test_predictions_are_those_of_a_model_patched_elsewhere(tmp_path):
+    """To the bit; how exact they are is tests/patching's to say."""
+    found = []
+    for place in PLACES:
+        base = llama(0)
+        model = lora(fastlora.patch(base) if place == "base" else base)
+        if place == "adapters":
+            fastlora.patch(model)
+        run = trainer(model, tmp_path)
+        if place == "trainer":
+            fastlora.patch(run.model)
+        found.append(run.predict(rows(8)))
+        assert_fused(run.model, head=False)
+    assert found[0].predictions.shape[0] == 8
+    for other in found[1:]:
+        assert (other.predictions == found[0].predictions).all()
+        assert other.metrics["test_loss"] == found[0].metrics["test_loss"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_resumed_equals_uninterrupted(place, tmp_path):
     """To the bit: losses and adapters of the steps after the checkpoint, dropout and all."""
+    runs = []
 
-    def start(path, **options):
-        torch.manual_seed(0)
-        model = lora(llama(0), lora_dropout=0.1)
-        return trainer(fastlora.patch(model), path, save_strategy="steps", save_steps=6, **options)
+    def run(model, exact, made):
+        found = trainer(model, tmp_path, save_strategy="steps", save_steps=6)
+        made(found.model)
+        found.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6") if runs else None)
+        runs.append(found)
+        return runs[0].losses()
 
-    whole = start(tmp_path)
-    whole.train()
-    resumed = start(tmp_path)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    assert len(resumed.micro) == STEPS - 6
-    assert resumed.micro == whole.micro[6:]
-    for name, weight in resumed.model.named_parameters():
-        assert torch.equal(weight, whole.model.get_parameter(name)), name
+    def start():
+        return train(run, 0, place, attach=functools.partial(lora, lora_dropout=0.1))
+
+    whole, resumed = start(), start()
+    assert len(runs[1].micro) == STEPS - 6
+    assert runs[1].micro == runs[0].micro[6:]
+    assert all(torch.equal(resumed.adapters[name], weight) for name, weight in whole.adapters.items())
+    assert_fused(resumed.model, calls=STEPS - 6)
 
 
 @pytest.mark.parametrize("when", ["given", "added", "model_init"])

@@ -89,7 +89,10 @@ class Verification:
 
     def notes(self) -> str:
         """How to read the table, and what was not fused."""
-        rule = f"Allowed: {FACTOR} × the original's error + one rounding, against float64. Of each quantity, the worst."
+        rule = (
+            f"Allowed: {FACTOR} × the original's error (× its luck, where drawn again) + one rounding, against float64."
+            " Of each quantity, the worst."
+        )
         reasons = dict.fromkeys(row.why for row in self.passed_through)
         return "\n".join([rule, *(f"Not fused, so compared with itself: {reason}" for reason in reasons)])
 

@@ -15,6 +15,7 @@ from quantise import dense, quantise
 from torch import nn
 
 import fastlora
+from fastlora.modules import lora as reader
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
@@ -219,16 +220,36 @@ def test_verify(prepared):
     model = build(prepared=prepared, compute=BF16 if prepared else None)
     layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
     before = [(m.compute_dtype, m.compute_type_is_set, m.weight.data.clone()) for m in layers]
-    for seed in range(4):  # the largest of a few errors is luck: an excess is drawn again
-        with torch.autocast("cpu", BF16, enabled=prepared):
-            found = fastlora.verify(model, batch(seed))
-        if found.within:
-            break
+    with torch.autocast("cpu", BF16, enabled=prepared):
+        found = fastlora.verify(model, batch())
     assert found.within, str(found)
     assert not found.passed_through
     for layer, (dtype, is_set, packed) in zip(layers, before, strict=True):
         assert (layer.compute_dtype, layer.compute_type_is_set) == (dtype, is_set)
         assert torch.equal(layer.weight.data, packed)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_verify_judges_a_few_tokens(seed, monkeypatch):
+    """39 tokens: no alarm where nothing is wrong; a scaling off by 3 % in one projection of one layer is found."""
+    model = build(seed, prepared=True)
+    wrong = model.base_model.model.model.layers[1].mlp.down_proj
+    read = reader._read
+
+    def misread(projection, *args):
+        found = read(projection, *args)
+        if projection is wrong:
+            (branch,) = found.projection.branches
+            branch = branch._replace(scaling=1.03 * branch.scaling)
+            found = found._replace(projection=found.projection._replace(branches=(branch,)))
+        return found
+
+    with torch.autocast("cpu", BF16):
+        found = fastlora.verify(model, batch(seed))
+        assert found.within, str(found)
+        monkeypatch.setattr(reader, "_read", misread)
+        found = fastlora.verify(model, batch(seed))
+    assert {check.module for check in found.exceeded[:2]} == {"base_model.model.model.layers.1.mlp.down_proj"}
 
 
 def test_verify_finds_a_scale_of_another_block(monkeypatch):

@@ -64,6 +64,58 @@ def test_rejects_what_is_not_finite(bad):
         assert_within_budget(ours, eager, truth, "product")
 
 
+def drawn(size: int, off: float = 1.0) -> Budget:
+    """A quantity of this size, over draws: the errors of ours are eager's kind, or ``off`` times larger."""
+    budget = Budget("noise", luck=True)
+    for _ in range(16):
+        truth, *errors = torch.randn(3, size, dtype=torch.float64)
+        budget.add((truth + 1e-2 * off * errors[0]).float(), (truth + 1e-2 * errors[1]).float(), truth)
+        if off == 1 and budget.excess() is None:
+            break
+    return budget
+
+
+@pytest.mark.parametrize("size", [1, 8, 512])
+def test_luck_is_no_excess(size):
+    """Of many quantities of no more error than eager's: none. Without allowing for luck, some."""
+    torch.manual_seed(0)
+    budgets = [drawn(size) for _ in range(500)]
+    assert not [budget.excess() for budget in budgets if budget.excess()]
+    strict = 0
+    for budget in budgets:
+        budget._luck = False
+        strict += budget.excess() is not None
+    assert strict
+
+
+@pytest.mark.parametrize(("size", "off"), [(1, 8), (8, 2.5), (512, 1.4), (10_000, 1.25)])
+def test_luck_hides_no_fault(size, off):
+    """The smaller the quantity, the larger what can be told from luck."""
+    torch.manual_seed(0)
+    assert all(drawn(size, off).excess() for _ in range(20))
+
+
+def test_luck_hides_no_wrong_element():
+    torch.manual_seed(0)
+    budget = Budget("noise", luck=True)
+    for _ in range(16):
+        truth, noise, ours = torch.randn(3, 512, dtype=torch.float64)
+        ours[7] += 6
+        budget.add((truth + 1e-2 * ours).float(), (truth + 1e-2 * noise).float(), truth)
+    rms, maximum = budget.figures()
+    assert rms.times < 1 < maximum.times
+    assert rms.luck < 1.1 < maximum.luck
+
+
+def test_the_first_draw_is_no_luck():
+    """It may be of another kind: larger errors on both sides."""
+    budget = Budget("noise", luck=True)
+    for size in (100.0, 1.0, 1.0):
+        budget.add(torch.tensor([1.2 * size]), torch.tensor([size]), torch.zeros(1, dtype=torch.float64))
+    assert [figures.luck for figures in budget.figures()] == [1, 1]
+    assert "error" in budget.excess()
+
+
 def test_rejects_another_shape():
     _, _, eager, truth = products(torch.float32)
     with pytest.raises(AssertionError, match="product: torch.Size"):

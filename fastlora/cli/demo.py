@@ -1,5 +1,6 @@
 """`fastlora demo`: the same small training with and without fastlora, side by side."""
 
+import itertools
 import json
 import os
 import shlex
@@ -28,17 +29,31 @@ ROWS = 64
 BASE_STEPS = 200
 BATCH = 4
 FLAGS = ["--rank", "32", "--alpha", "64", "--lr", "2e-3", "--batch-size", str(BATCH), "--grad-accum", "1"]
-# The eager attention of transformers instead of PyTorch's: the same sums in another order. How far the two unpatched
-# curves part is what float32 itself leaves open.
-RUNS = {
-    "unpatched": ("base", ["--no-patch"]),
-    "unpatched, eager attention": ("base-eager", ["--no-patch"]),
-    "patched": ("base", []),
-}
+
+
+class Run(NamedTuple):
+    name: str
+    base: str
+    flags: list[str]
+    environment: dict[str, str]
+
+    @property
+    def directory(self) -> str:
+        return self.name.replace(", ", "-").replace(" ", "-")
+
+
+# The same sums in other orders: the eager attention of transformers instead of PyTorch's, and matrix products by MKL's
+# portable code. How far the unpatched curves part is what float32 itself leaves open.
+RUNS = (
+    Run("unpatched", "base", ["--no-patch"], {}),
+    Run("unpatched, eager attention", "base-eager", ["--no-patch"], {}),
+    Run("unpatched, eager attention, portable BLAS", "base-eager", ["--no-patch"], {"MKL_CBWR": "COMPATIBLE"}),
+    Run("patched", "base", [], {}),
+)
 
 
 def demo(out: str | None, steps: int, console: Console) -> None:
-    """Make a base model, train it three times, compare the runs, and let the adapter answer a question."""
+    """Make a base model, train on it four times, compare the runs, and let the adapter answer a question."""
     began = time.perf_counter()
     # Threads that spin at every barrier make a machine with something else to do many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -49,31 +64,37 @@ def demo(out: str | None, steps: int, console: Console) -> None:
     rows = read_rows(data)
     base = directory / "base"
     quiet(bars=False)
-    console.print(f"[1/5] A small Llama with random weights first reads {ROWS} questions and answers as plain text:")
+    console.print(f"[1/6] A small Llama with random weights first reads {ROWS} questions and answers as plain text:")
     console.print("      a frozen model that knows no language has nothing to adapt. Outside the comparison.")
     _make_base(rows, base, console)
 
     reports = {}
-    for number, (name, (model, flags)) in enumerate(RUNS.items(), start=2):
-        target = directory / name.replace(", ", "-").replace(" ", "-")
-        run = ["train", "--model", str(directory / model), "--data", str(data), "--out", str(target)]
+    for number, one in enumerate(RUNS, start=2):
+        target = directory / one.directory
+        run = ["train", "--model", str(directory / one.base), "--data", str(data), "--out", str(target)]
         run += ["--max-steps", str(steps), "--seed", str(SEED)]
-        console.print(f"\n[{number}/5] LoRA, {name}:\n      fastlora {shlex.join([*run, *FLAGS, *flags])}")
+        variables = "".join(f"{name}={value} " for name, value in one.environment.items())
+        command = f"{variables}fastlora {shlex.join([*run, *FLAGS, *one.flags])}"
+        console.print(f"\n[{number}/6] LoRA, {one.name}:\n      {command}")
         # A process of its own: peak memory is a figure of the process, and no run profits from an earlier one.
-        if status := subprocess.run([sys.executable, "-m", "fastlora.cli", *run, *FLAGS, *flags]).returncode:
-            raise CommandError(f"the {name} run ended with status {status}; what it wrote is in {target}")
-        reports[name] = json.loads((target / "report.json").read_text(encoding="utf-8"))
+        status = subprocess.run(
+            [sys.executable, "-m", "fastlora.cli", *run, *FLAGS, *one.flags], env={**os.environ, **one.environment}
+        ).returncode
+        if status:
+            raise CommandError(f"the {one.name} run ended with status {status}; what it wrote is in {target}")
+        reports[one.name] = json.loads((target / "report.json").read_text(encoding="utf-8"))
 
-    console.print("\n[5/5] The patched run's adapter, loaded into an unpatched and into a patched model")
+    console.print("\n[6/6] The patched run's adapter, loaded into an unpatched and into a patched model")
     used = _use_adapter(base, directory / "patched", rows)
     console.print()
     console.print(_table(reports), markup=True)
-    unpatched, eager, patched = ((name, report["loss"]) for name, report in reports.items())
+    curves = {name: report["loss"] for name, report in reports.items()}
     image = directory / "demo.png"
-    plot_comparison(unpatched, other=patched, noise=eager, path=image)
-    ours, noise = _largest_difference(unpatched, patched), _largest_difference(unpatched, eager)
+    plot_comparison(curves, "unpatched", "patched", image)
+    ours = _largest_difference(curves["unpatched"], curves.pop("patched"))
+    noise = max(_largest_difference(one, other) for one, other in itertools.combinations(curves.values(), 2))
     console.print(f"\nLargest difference of the loss at a step, patched and unpatched: {ours:.1e}")
-    console.print(f"  two unpatched runs that differ in nothing but summation order: {noise:.1e}")
+    console.print(f"  among {len(curves)} unpatched runs that differ in nothing but summation order: {noise:.1e}")
     console.print(
         f"Largest difference of a logit, one adapter in both models:       {used.difference:.1e}, of {used.largest:.1f}"
     )
@@ -112,8 +133,8 @@ def _make_base(rows: Rows, path: Path, console: Console) -> None:
     console.print(f"      {BASE_STEPS} steps, all weights, loss {last:.3f}")
 
 
-def _largest_difference(reference: tuple[str, Curve], other: tuple[str, Curve]) -> float:
-    return max(abs(distance) for _, distance in loss_differences(reference[1], other[1]))
+def _largest_difference(reference: Curve, other: Curve) -> float:
+    return max(abs(distance) for _, distance in loss_differences(reference, other))
 
 
 def _table(reports: dict[str, dict[str, Any]]) -> Table:

@@ -40,22 +40,21 @@ def plot_loss(curve: Curve, path: Path) -> None:
     _save(figure, path)
 
 
-def plot_comparison(
-    reference: tuple[str, Curve], other: tuple[str, Curve], noise: tuple[str, Curve], path: Path
-) -> None:
-    """Two loss curves in one panel; below, the distance of `other` and of `noise` from `reference` at every step."""
-    figure, (above, below) = _figure([3, 1.3])
-    _draw(above, reference[1], reference[0], linewidth=3, alpha=0.45)
-    _draw(above, other[1], other[0], linewidth=1.2, color="black")
+def plot_comparison(curves: Mapping[str, Curve], reference: str, ours: str, path: Path) -> None:
+    """Two of the loss curves in one panel; below, how far every other curve is from ``reference``."""
+    figure, (above, below) = _figure([3, 1.6])
+    _draw(above, curves[reference], reference, linewidth=3, alpha=0.45)
+    _draw(above, curves[ours], ours, linewidth=1.2, color="black")
     above.legend(frameon=False)
-    for name, curve in (noise, other):
-        steps, distances = zip(*loss_differences(reference[1], curve), strict=True)
-        below.plot(steps, distances, label=f"{name} − {reference[0]}", linewidth=1)
+    for name in [*(name for name in curves if name not in (reference, ours)), ours]:
+        steps, distances = zip(*loss_differences(curves[reference], curves[name]), strict=True)
+        style = {"color": "black"} if name == ours else {}
+        below.plot(steps, distances, label=f"{name} − {reference}", linewidth=1, **style)
     below.axhline(0, color="grey", linewidth=0.5)
     below.set_ylabel("difference")
     below.set_xlabel("step")
     below.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    below.legend(frameon=False, fontsize=8)
+    below.legend(frameon=False, fontsize=7)
     _save(figure, path)
 
 

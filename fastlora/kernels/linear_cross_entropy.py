@@ -116,6 +116,7 @@ def linear_cross_entropy_fwd(
             dh[index] = logits @ weight
         if need_dw:
             dw += _product_fp32(logits.t(), h)
+        del logits  # before the next are made
     return loss, dh, dw
 
 

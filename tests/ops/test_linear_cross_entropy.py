@@ -1,6 +1,9 @@
+import weakref
+
 import pytest
 import torch
 from ops.witness import FLOATS, Calls, called, check, perturbing, run
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora.kernels import linear_cross_entropy as kernels
 from fastlora.ops import linear_cross_entropy
@@ -191,6 +194,27 @@ def test_runs_our_rows_once_per_chunk(chunks_of_eight, monkeypatch):
     )
     run(linear_cross_entropy, make(ignored=0.0))
     assert rows == [8, 8, 8, 8, 5]
+
+
+def test_one_chunk_of_logits_is_alive_at_a_time(chunks_of_eight):
+    class Logits(TorchDispatchMode):
+        """Remembers every (rows, V) product, and how many of them lived at once."""
+
+        def __init__(self):
+            super().__init__()
+            self.made, self.most = [], 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten.mm.default and result.shape[1] == 50:
+                self.made.append(weakref.ref(result))
+                self.most = max(self.most, sum(one() is not None for one in self.made))
+            return result
+
+    tensors = make(ignored=0.0)
+    with torch.no_grad(), Logits() as logits:
+        kernels.linear_cross_entropy_fwd(*tensors.values(), torch.ones(()), IGNORE, True, False)
+    assert (len(logits.made), logits.most) == (5, 1)
 
 
 def test_two_runs_are_bit_identical():

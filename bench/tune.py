@@ -59,17 +59,20 @@ def main(argv: list[str]) -> int:
 
 def _wanted(args: Any, device: torch.device) -> list[_tiles.Call]:
     if args.quick:
-        tiny = calls.Model(64, 176, 4, 2)
-        return calls.of_model(tiny, 32, 8, args.dtype[0], device)
+        return _step(calls.Model(64, 176, 2, 1), 32, 8, args.dtype[0], device)
     return list(
         dict.fromkeys(
             call
             for model in args.model.split(",")
             for tokens in args.tokens.split(",")
             for rank in args.rank.split(",")
-            for call in calls.of_model(calls.MODELS[model], int(tokens), int(rank), args.dtype[0], device)
+            for call in _step(calls.MODELS[model], int(tokens), int(rank), args.dtype[0], device)
         )
     )
+
+
+def _step(model: calls.Model, tokens: int, rank: int, dtype: torch.dtype, device: torch.device) -> list[_tiles.Call]:
+    return calls.of_model(model, tokens, rank, dtype, device) + calls.of_attention(model, tokens, dtype, device)
 
 
 def _say(done: int, total: int, at: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -136,12 +137,10 @@ def _wanted(model: str, tokens: str, rank: int, dropout: bool) -> list[Any]:
         raise CommandError(f"--model has {', '.join(unknown)}; there are {', '.join(calls.MODELS)}")
     if not all(size.isdigit() and int(size) for size in sizes):
         raise CommandError(f"--tokens is {tokens!r}, needs numbers, several with commas: 2048,4096")
-    found = [
-        call
-        for name in names
-        for size in sizes
-        for call in calls.of_model(calls.MODELS[name], int(size), rank, torch.bfloat16, torch.device("cuda"), dropout)
-    ]
+    found, of = [], (torch.bfloat16, torch.device("cuda"), dropout)
+    for name, size in itertools.product(names, sizes):
+        sizes_of, length = calls.MODELS[name], int(size)
+        found += [*calls.of_model(sizes_of, length, rank, *of), *calls.of_attention(sizes_of, length, *of)]
     return list(dict.fromkeys(found))
 
 

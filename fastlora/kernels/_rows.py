@@ -52,7 +52,7 @@ class Row:
     Attributes:
         kernel, arch: what it is for. Kernels whose name ends in "_fp32" run without tensor cores.
         tile: block sizes.
-        method: "triton", or the library's way where that is the safer bet: "addmm", "sdpa".
+        method: "triton", or another where that is the safer bet: a name in METHODS of `_tiles.py`.
         m, n, r: it holds calls of up to as many rows, columns of the output, and ranks.
         provenance: SCREENED: compiled for the architecture, no spills, within its shared memory, best by the static
             model (docs/tuning.md); or Measured.
@@ -69,7 +69,7 @@ class Row:
 
     @property
     def source(self) -> str:
-        """The provenance in words: of a library's method, which nothing screens, that nobody has measured it."""
+        """The provenance in words: of another method, which nothing screens, that nobody has measured it."""
         if self.method != "triton" and self.provenance == SCREENED:
             return "the safe bet, not measured"
         return str(self.provenance)
@@ -200,4 +200,11 @@ ROWS = (
     Row("flash_attention_dkdv_d256_dropout", 0, Tile(m=32, n=32, warps=8)),
     Row("flash_attention_dkdv_d256_dropout_fp32", 0, Tile(m=16, n=16, warps=8, stages=1)),
     Row("cross_entropy", 0, Tile(n=4096, warps=8)),
+    # Which attention runs, and on a CPU: docs/decisions/attention.md.
+    Row("attention", 90, Tile(), "flash_attention_3"),
+    Row("attention", 0, Tile(), "sdpa"),
+    Row("attention_cpu", 0, Tile(), "fastlora"),
+    Row("attention_cpu_fp32", 0, Tile(), "sdpa"),
+    Row("attention_padded", 0, Tile(), "fastlora"),
+    Row("attention_packed", 0, Tile(), "fastlora"),
 )

@@ -8,10 +8,11 @@ for the rest of the process.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,15 +24,20 @@ from ._rows import ROWS, Row, Tile
 
 
 class Methods(NamedTuple):
-    """The ways to compute a kernel: the variable that forces one, their names, and which is the library's own."""
+    """The ways to compute a kernel: the variable that forces one, their names, which is the library's own, and the
+    packages that some of them need."""
 
     variable: str
     names: tuple[str, ...]
     library: str
+    packages: Mapping[str, str] = {}
 
 
+# "attention" is of batches that nothing masks, "attention_padded" and "attention_packed" of the others.
+_FLASH_ATTN = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 METHODS = {
     "lora_gemm": Methods("FASTLORA_GEMM", ("triton", "addmm", "augmented"), "addmm"),
+    "attention": Methods("FASTLORA_ATTENTION", ("fastlora", "sdpa", *_FLASH_ATTN), "sdpa", _FLASH_ATTN),
 }
 
 
@@ -40,8 +46,10 @@ class Call(NamedTuple):
 
     Attributes:
         kernel: a name in `_rows.py`, without the "_fp32" that fp32 adds where there is such a row.
-        m, n, k: rows, columns of the output, and the reduction; of several projections, all together.
-        r, p: ranks together, and projections. What a kernel has not is 0.
+        m, n, k: rows, columns of the output, and the reduction; of several projections, all together. Of attention:
+            queries of a sequence, columns of all heads, and of one.
+        r, p: ranks together, and projections; of attention, query heads for each head of the keys. What a kernel has
+            not is 0.
     """
 
     kernel: str
@@ -123,17 +131,16 @@ def choose(kernel: str, like: torch.Tensor, *, m: int = 0, n: int = 0, k: int = 
     else:
         variable = _VARIABLES.get(kernel)
         value = os.environ.get(variable) if variable else None
-        override = os.environ.get("TRITON_OVERRIDE_ARCH")
         assumed = _arch[-1] if _arch else None
-        choice = _choose(kernel, like.dtype, like.device, m, n, k, r, p, value, override, assumed)
+        choice = _choose(kernel, like.dtype, like.device, m, n, k, r, p, value, assumed)
     if choice.method == ATEN:
         raise NothingLeft(kernel)
     return choice
 
 
-# What the answer depends on is an argument, so that it is remembered with it.
+# What the answer depends on is an argument, so that it is remembered with it; TRITON_OVERRIDE_ARCH is read once.
 @functools.lru_cache(maxsize=4096)
-def _choose(kernel, dtype, device, m, n, k, r, p, value, override, assumed) -> Choice:
+def _choose(kernel, dtype, device, m, n, k, r, p, value, assumed) -> Choice:
     call = Call(kernel, dtype, device, m, n, k, r, p)
     if autotune is not None and device.type == "cuda" and value is None and _measured(call) is None:
         autotune(call)
@@ -153,11 +160,26 @@ def answer(call: Call) -> Choice:
 def _checked(kernel: str, value: str | None) -> str | None:
     if value is None:
         return None
-    methods = METHODS[family(kernel)].names
-    if value not in methods:
-        needed = f"{', '.join(map(repr, methods[:-1]))} or {methods[-1]!r}"
-        raise ValueError(f"{_VARIABLES[kernel]} is {value!r}, needs {needed}")
+    methods = METHODS[family(kernel)]
+    if value not in methods.names:
+        needed = f"{', '.join(map(repr, methods.names[:-1]))} or {methods.names[-1]!r}"
+        raise ValueError(f"{methods.variable} is {value!r}, needs {needed}")
+    if not _installed(kernel, value):
+        package = methods.packages[value]
+        raise ValueError(f"{methods.variable} is {value!r}, needs the package {package}, which is not installed")
     return value
+
+
+def _installed(kernel: str, method: str) -> bool:
+    """Whether the package that a method needs, if any, can be imported."""
+    methods = METHODS.get(family(kernel))
+    package = methods.packages.get(method) if methods else None
+    return package is None or installed(package)
+
+
+@functools.cache
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def candidates(call: Call, method: str | None = None, measured: Choice | None = None) -> Iterator[Choice]:
@@ -169,16 +191,17 @@ def candidates(call: Call, method: str | None = None, measured: Choice | None = 
     elif measured is not None:
         yield measured
     for row in rows:
-        yield Choice(call, method or row.method, row.tile, row.source)
+        if _installed(call.kernel, row.method):
+            yield Choice(call, method or row.method, row.tile, row.source)
     if family(call.kernel) in METHODS:
         yield Choice(call, METHODS[family(call.kernel)].library, rows[0].tile, "the library's own")
 
 
 def shipped(call: Call) -> list[Row]:
-    """The rows of a call's architecture and size, and after them the default's, whose tile is another."""
+    """The row of a call's architecture and size, and after it the default's, which is another."""
     by_arch = _by_kernel[_row_name(call)]
     rows = [_fit(by_arch[a], call) for a in (arch(call.device), 0) if a in by_arch]
-    return rows[:1] + [row for row in rows[1:] if row.tile != rows[0].tile]
+    return rows[:1] + [row for row in rows[1:] if (row.method, row.tile) != (rows[0].method, rows[0].tile)]
 
 
 def _fit(rows: list[Row], call: Call) -> Row:

@@ -16,14 +16,15 @@ from .flash_attention_fwd import flash_attention_fwd_kernel
 _DECODE = 16  # queries up to which a small tile serves
 
 
-def _choose(kernel: str, q: torch.Tensor, padded: bool = False, dropout: bool = False) -> Choice:
-    (T, D), half = q.shape[2:], q.dtype != torch.float32
+def _choose(kernel: str, q: torch.Tensor, k: torch.Tensor, padded: bool = False, dropout: bool = False) -> Choice:
+    _, H, T, D = q.shape
+    half, sizes = q.dtype != torch.float32, {"m": T, "n": H * D, "k": D, "p": H // k.shape[1]}
     if kernel == "fwd" and T <= _DECODE and half and not dropout:
-        return choose("flash_attention_decode", q, m=T)
+        return choose("flash_attention_decode", q, **sizes)
     bucket = max(64, next_power_of_2(D))
     variant = "_padded" if padded and bucket == 128 and half else ""
     variant = "_dropout" if dropout else variant
-    return choose(f"flash_attention_{kernel}_d{bucket}{variant}", q, m=T)
+    return choose(f"flash_attention_{kernel}_d{bucket}{variant}", q, **sizes)
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:
@@ -83,7 +84,7 @@ def flash_attention_fwd(
     """
     (B, H, T, _), (H_kv, T_kv) = q.shape, k.shape[1:3]
     out, lse = _like(q), q.new_empty((B, H, T), dtype=torch.float32)
-    choice = _choose("fwd", q, key_padding_mask is not None, seed is not None)
+    choice = _choose("fwd", q, k, key_padding_mask is not None, seed is not None)
     launch(
         flash_attention_fwd_kernel,
         (cdiv(T, choice.tile.m), H, B),
@@ -122,7 +123,7 @@ def flash_attention_bwd(
     masks = (_rows(key_padding_mask), _rows(position_ids))
     visited_dq, visited_dkdv = visited.split(1) if visited is not None else (None, None)
     shapes = (T, T_kv, H // H_kv, scale, window or 0, *_dropout(seed, dropout_p))
-    choice = _choose("dq", q, dropout=seed is not None)
+    choice = _choose("dq", q, k, dropout=seed is not None)
     for norm_pass in (True, False) if norm is not None else (False,):
         launch(
             flash_attention_dq_kernel,
@@ -132,7 +133,7 @@ def flash_attention_bwd(
             NORM=norm_pass,
             **_meta(choice, q, causal, window),
         )
-    choice = _choose("dkdv", q, dropout=seed is not None)
+    choice = _choose("dkdv", q, k, dropout=seed is not None)
     launch(
         flash_attention_dkdv_kernel,
         (cdiv(T_kv, choice.tile.n), H_kv, B),

@@ -1,4 +1,4 @@
-"""Attention on the CPU: slabs of BLOCK queries of a few heads, with all the keys they see.
+"""Attention on the CPU, and where no tile runs: slabs of BLOCK queries of a few heads, with all the keys they see.
 
 The products are the library's; between them one kernel scales, masks and normalises a slab in place. A slab holds whole
 rows of scores, so the softmax is the ordinary one and the backward repeats it: neither out nor lse is needed there. It
@@ -34,8 +34,8 @@ class _Slab(NamedTuple):
 def _slabs(q, k, key_padding_mask, position_ids, causal, window) -> Iterator[_Slab]:
     """Every query of every head once; where none of a slab sees a key, it has no keys."""
     (B, H, T, _), (H_kv, T_kv) = q.shape, k.shape[1:3]
-    position = torch.arange(T)[None] + T_kv - T
-    first = torch.zeros(1, T, dtype=torch.int64)
+    position = torch.arange(T, device=q.device)[None] + T_kv - T
+    first = torch.zeros_like(position)
     if position_ids is not None:
         first = position - position_ids
     if window is not None:
@@ -70,10 +70,10 @@ def _grouped(x: torch.Tensor, H_kv: int) -> torch.Tensor:
 
 
 class _Scratch:
-    """Memory for the scores of one slab after the other."""
+    """Memory for the scores of one slab after the other, on the device and of the dtype of a tensor."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._memory = torch.empty(0, dtype=dtype)
+    def __init__(self, like: torch.Tensor) -> None:
+        self._memory = like.new_empty(0)
 
     def product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """left rightᵀ (heads, rows, keys), valid until the next."""
@@ -95,17 +95,20 @@ def _kept(generator, p, scores) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: x.mul(kept).mul_(factor)
 
 
-def _generator(seed: torch.Tensor | None) -> torch.Generator | None:
+def _generator(seed: torch.Tensor | None, device: torch.device) -> torch.Generator | None:
+    if seed is not None and device.type != "cpu":
+        # Another of the three kernels may have run, and it has dropped by numbers of its own.
+        raise RuntimeError(f"flash_attention: no tile with dropout runs on {device}; FASTLORA_ATTENTION=sdpa has one")
     return None if seed is None else torch.Generator().manual_seed(int(seed))
 
 
 def fwd(q, k, v, key_padding_mask, position_ids, scale, causal, window, dropout_p, seed):
     """As flash_attention_fwd."""
-    generator = _generator(seed)
+    generator = _generator(seed, q.device)
     H_kv, k, v = k.shape[1], k.contiguous(), v.contiguous()  # bmm would copy every slice of a transposed view
     out, lse = _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     q_, out_, lse_ = _grouped(q, H_kv), _grouped(out, H_kv), lse.unflatten(1, (H_kv, -1))
-    scratch = _Scratch(q.dtype)
+    scratch = _Scratch(q)
     for slab in _slabs(q, k, key_padding_mask, position_ids, causal, window):
         query, key = (slab.row, slab.heads, slice(None), slab.queries), (slab.row, slab.heads, slab.keys)
         p = scratch.product(q_[query].flatten(1, 2), k[key])
@@ -124,12 +127,12 @@ def _add(total, left, right, slab):
 
 def bwd(dout, q, k, v, out, lse, key_padding_mask, position_ids, scale, causal, window, dropout_p, seed):
     """As flash_attention_bwd."""
-    generator = _generator(seed)
+    generator = _generator(seed, q.device)
     H_kv, k, v = k.shape[1], k.contiguous(), v.contiguous()
     # Keys gather their gradient from many slabs: in fp32.
-    dq, dk, dv = _like(q), torch.zeros(k.shape), torch.zeros(v.shape)
+    dq, dk, dv = _like(q), *(torch.zeros(k.shape, device=k.device) for _ in range(2))
     q_, do_, dq_ = _grouped(q, H_kv), _grouped(dout, H_kv), _grouped(dq, H_kv)
-    scratch, scratch_d = _Scratch(q.dtype), _Scratch(q.dtype)
+    scratch, scratch_d = _Scratch(q), _Scratch(q)
     for slab in _slabs(q, k, key_padding_mask, position_ids, causal, window):
         query, key = (slab.row, slab.heads, slice(None), slab.queries), (slab.row, slab.heads, slab.keys)
         b_q, b_do = q_[query].flatten(1, 2), do_[query].flatten(1, 2)
@@ -145,7 +148,7 @@ def bwd(dout, q, k, v, out, lse, key_padding_mask, position_ids, scale, causal, 
 
 
 def _hidden(scores, first, last, bias):
-    j = torch.arange(scores.shape[2])
+    j = torch.arange(scores.shape[2], device=scores.device)
     hidden = (j < first[:, None]) | (j >= last[:, None])
     return hidden if bias is None else hidden | (bias == float("-inf"))
 

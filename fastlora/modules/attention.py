@@ -8,7 +8,6 @@ would fail rather than see too much.
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,6 @@ from . import flash_attn
 from ._fused import Fused, instance_forward, original_class, why_not_plain
 
 OURS, SDPA = "fastlora", "sdpa"
-IMPLEMENTATIONS = (OURS, SDPA, *flash_attn.PACKAGES)
 KINDS = ("plain", "padded", "packed")
 
 
@@ -49,37 +47,23 @@ class Mask(NamedTuple):
         return "plain" if self.positions is None else "packed"
 
 
-def choose(kind: str, arch: int | None, dtype: torch.dtype | None = None) -> str:
-    """The implementation for batches of a kind on a GPU architecture, None for a CPU; FASTLORA_ATTENTION forces one.
-
-    On a CPU ours is ahead of SDPA but in fp32; of a dtype that is not known yet, it is ours to choose again.
-
-    SDPA picks among backends of its own: FlashAttention-2 on an A100, cuDNN's on Hopper, both on record ahead of Triton
-    where nothing is masked, and a mask takes it off them. FlashAttention-3 is on record ahead of both on Hopper.
-    """
-    forced = os.environ.get("FASTLORA_ATTENTION")
-    if forced is None:
-        if kind != "plain" or (arch is None and dtype != torch.float32):
-            return OURS
-        return flash_attn.FA3 if arch == 90 and flash_attn.installed(flash_attn.FA3) else SDPA
-    if forced not in IMPLEMENTATIONS:
-        raise ValueError(f"FASTLORA_ATTENTION is {forced!r}, needs one of {', '.join(map(repr, IMPLEMENTATIONS))}")
-    if forced in flash_attn.PACKAGES and not flash_attn.installed(forced):
-        package = flash_attn.PACKAGES[forced]
-        raise ValueError(f"FASTLORA_ATTENTION is {forced!r}, needs the package {package}, which is not installed")
-    return forced
+def _kernel(kind: str, device: torch.device) -> str:
+    """What `choose` knows batches of a kind by."""
+    if kind == "plain":
+        return "attention_cpu" if device.type == "cpu" else "attention"
+    return f"attention_{kind}"
 
 
-def _chosen(kind: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
-    arch = None if device.type == "cpu" else _tiles.arch(device) if device.type == "cuda" else 0
-    return choose(kind, arch, dtype)
+def _chosen(kind: str, like: torch.Tensor, **sizes: int) -> str:
+    return _tiles.choose(_kernel(kind, like.device), like, **sizes).method
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:
     """For explain: every implementation chosen, and for what."""
     chosen: dict[str, list[str]] = {}
     for kind in KINDS:
-        chosen.setdefault(_chosen(kind, device, dtype), []).append(kind)
+        method = _tiles.answer(_tiles.Call(_kernel(kind, device), dtype, device)).method
+        chosen.setdefault(method, []).append(kind)
     names = {OURS: "fastlora flash_attention", SDPA: "torch SDPA"}
     return ", ".join(f"{names.get(name, name)} ({', '.join(kinds)})" for name, kinds in chosen.items())
 
@@ -122,7 +106,7 @@ def mask_arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         mask = Mask(positions=_positions(position_ids))
     else:
         mask = Mask()
-    chosen = _chosen(mask.kind, x.device)
+    chosen = _chosen(mask.kind, x)
     if chosen == SDPA and mask.kind != "plain":
         return {}
     if chosen in flash_attn.PACKAGES and mask.positions is not None:
@@ -154,10 +138,11 @@ def attend(
     Returns (B, T, H, D) and no weights.
     """
     if mask is None:
-        if attention_mask is not None and not decoding and _chosen("padded", query.device) != SDPA:
+        if attention_mask is not None and not decoding and _chosen("padded", query) != SDPA:
             module.count("attention", "a mask of the caller's own, or a layer that is not fused: SDPA")
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
-    name = _chosen(mask.kind, query.device, query.dtype)
+    _, H, T, D = query.shape
+    name = _chosen(mask.kind, query, m=T, n=H * D, k=D, p=H // key.shape[1])
     why = _why_not(name, query, key, mask, dropout)
     if why and name != OURS:
         name = OURS if _why_not(OURS, query, key, mask, dropout) is None else SDPA

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-import importlib.util
 from typing import NamedTuple
 
 import torch
 
-FA2, FA3 = "flash_attention_2", "flash_attention_3"
+from ..kernels._tiles import METHODS
+
 # By transformers' names.
-PACKAGES = {FA2: "flash_attn", FA3: "flash_attn_interface"}
+PACKAGES = METHODS["attention"].packages
+FA2, FA3 = PACKAGES
 _DEVICES = ("cuda",)
 
 
@@ -20,12 +20,6 @@ class Sequences(NamedTuple):
 
     bounds: torch.Tensor
     longest: int
-
-
-@functools.cache
-def installed(name: str) -> bool:
-    """Whether the package of an implementation can be imported."""
-    return importlib.util.find_spec(PACKAGES[name]) is not None
 
 
 def why_not(name: str, query: torch.Tensor, kind: str, dropout: float) -> str | None:

@@ -83,12 +83,15 @@ def _words(meta: dict[str, Any]) -> str:
 
 
 @contextmanager
-def compiling(arch: int) -> Iterator[dict[str, Compiled]]:
-    """Within it launchers compile for sm_<arch> in place of running; what they compiled is filled in, by its hash."""
+def compiling(arch: int, only: str = "") -> Iterator[dict[str, Compiled]]:
+    """Within it launchers compile for sm_<arch> in place of running; what they compiled is filled in, by its hash.
+
+    only: of the kernels with tiles, no other is compiled.
+    """
     results: dict[str, Compiled] = {}
 
     def launch(kernel: Any, grid: tuple[int, ...], *args: Any, choice: Choice | None = None, **meta: Any) -> None:
-        if 0 in grid:
+        if 0 in grid or (only and choice is not None and choice.call.kernel != only):
             return
         meta = options(choice, meta)
         result = kernel.warmup(*args, grid=grid, **meta)

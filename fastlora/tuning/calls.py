@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
-from .. import ops  # noqa: F401  registers the operators
 from ..kernels._library import implementations
-from ..kernels._tiles import Call
-
-New = Callable[..., torch.Tensor]
+from ..kernels._tiles import ATEN, Call
+from . import attention
+from .attention import New
 
 
 class Model(NamedTuple):
@@ -70,9 +70,24 @@ def of_model(
     return list(dict.fromkeys(Call(kernel, dtype, device, m=tokens, **sizes) for kernel, sizes in found))
 
 
+def of_attention(
+    model: Model, tokens: int, dtype: torch.dtype, device: torch.device, dropout: bool = False
+) -> list[Call]:
+    """Which attention runs for batches that nothing masks, and the kernels of ours, forward and backward."""
+    if not 32 <= model.head_dim <= 256:
+        return []
+    bucket = next(D for D in (64, 128, 256) if model.head_dim <= D)
+    names = [f"flash_attention_{one}_d{bucket}{'_dropout' * dropout}" for one in ("fwd", "dq", "dkdv")]
+    sizes = tokens, model.heads, model.kv_heads, model.head_dim, dtype, device
+    return [attention.call(name, *sizes) for name in ("attention", *names)]
+
+
 def beside(model: Model, tokens: int, dtype: torch.dtype, device: torch.device) -> list[Call]:
-    """What only a layer launches whose MLP is not one operator, because a projection of it is left to PEFT."""
-    return [Call("swiglu", dtype, device, n=tokens * model.ffn)]
+    """What only some layers launch: SwiGLU on its own, where a projection of the MLP is left to PEFT, and weights of
+    four bits made wide."""
+    H, kv = model.hidden, model.kv_heads * model.head_dim
+    weights = [Call("dequantize_4bit", dtype, device, n=n * H) for n in dict.fromkeys((H, kv, model.ffn))]
+    return [Call("swiglu", dtype, device, n=tokens * model.ffn), *weights]
 
 
 def _parts(total: int, p: int) -> list[int]:
@@ -85,18 +100,27 @@ class Kernel(NamedTuple):
     """An operator, its arguments for a call, and what it computes.
 
     Attributes:
-        op: its name under torch.ops.fastlora.
+        op: its name under torch.ops.fastlora; or a function that runs what is chosen, where that is no one kernel.
         arguments: makes them; called with the call and with new(*shape, dtype=None, scale=1.0).
         truth: the outputs in float64, from the arguments.
+        methods: the ways beside the tiles, to be measured with them.
+        others: arguments whose code takes more registers, which its rows serve too.
     """
 
-    op: str
+    op: str | Callable[..., Any]
     arguments: Callable[[Call, New], tuple[Any, ...]]
     truth: Callable[..., list[torch.Tensor]]
+    methods: tuple[str, ...] = (ATEN,)
+    others: tuple[Callable[[Call, New], tuple[Any, ...]], ...] = ()
 
     @property
-    def launcher(self) -> Callable[..., Any]:
-        return implementations[self.op][0]
+    def launcher(self) -> Callable[..., Any] | None:
+        """Of its tiles; None where it has none."""
+        return implementations[self.op][0] if isinstance(self.op, str) else None
+
+    @property
+    def run(self) -> Callable[..., Any]:
+        return getattr(torch.ops.fastlora, self.op) if isinstance(self.op, str) else self.op
 
 
 def _masks(call: Call, new: New, columns: int) -> list[torch.Tensor | None]:
@@ -256,6 +280,20 @@ def _cross_entropy_truth(logits, labels, scale, need_grad):
     return [torch.nn.functional.cross_entropy(_d(logits), labels, reduction="none")]
 
 
+def _dequantize_arguments(c: Call, new: New) -> tuple[Any, ...]:
+    """Doubly quantised: blocks of 64 numbers, and of 256 of their scales."""
+    packed, absmax = new(-(-c.n // 2), dtype=torch.uint8), new(-(-c.n // 64), dtype=torch.uint8)
+    sizes = (16,), (-(-c.n // 16384),), (256,), ()
+    code, absmax2, code2, offset = (new(*size, dtype=torch.float32) for size in sizes)
+    return packed, absmax, code, absmax2, code2, offset, 64, 256, c.n, c.dtype
+
+
+def _dequantize_truth(packed, absmax, code, absmax2, code2, offset, blocksize, blocksize2, numel, dtype):
+    scale = _d(code2)[absmax.int()] * _d(absmax2).repeat_interleave(blocksize2)[: len(absmax)] + _d(offset)
+    codes = torch.stack((packed >> 4, packed & 15), 1).flatten()[:numel].int()
+    return [_d(code)[codes] * scale.repeat_interleave(blocksize)[:numel]]
+
+
 def _d(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.double()
 
@@ -267,7 +305,18 @@ def _dropped(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return x * bits.flatten(1)[:, : x.shape[1]]
 
 
-_GEMM_T = Kernel("lora_gemm_t", _gemm_t_arguments, _gemm_t_truth)
+def _of_attention(name: str) -> Kernel:
+    forward = "fwd" in name or "decode" in name
+    op = "flash_attention_fwd" if forward else "flash_attention_bwd"
+    arguments = attention.forward_arguments if forward else attention.backward_arguments
+    truth: Callable[..., list[torch.Tensor]] = attention.forward_truth if forward else attention.backward_truth
+    *others, easiest = (functools.partial(arguments, kind=kind) for kind in attention.kinds(name))
+    # The composition waits for the device, and no CUDA graph holds it: it is not measured.
+    return Kernel(op, easiest, truth, (), tuple(others))
+
+
+_GEMM_WAYS = ("addmm", "augmented")
+_GEMM_T = Kernel("lora_gemm_t", _gemm_t_arguments, _gemm_t_truth, _GEMM_WAYS[:1])
 _PROJECT = Kernel("lora_project", _project_arguments, _project_truth)
 _NORM = Kernel("rms_norm_project", _rms_norm_project_arguments, _rms_norm_project_truth)
 _SWIGLU = Kernel("swiglu_project", _swiglu_project_arguments, _swiglu_project_truth)
@@ -275,8 +324,8 @@ _NORM_REDUCE = Kernel("rms_norm_bwd_reduce", _rms_norm_reduce_arguments, _rms_no
 _SWIGLU_REDUCE = Kernel("swiglu_bwd_reduce", _swiglu_reduce_arguments, _swiglu_reduce_truth)
 _REDUCE = Kernel("lora_reduce", _reduce_arguments, _reduce_truth)
 KERNELS = {
-    "lora_gemm": Kernel("lora_gemm", _gemm_arguments, _gemm_truth),
-    "lora_gemm_rotary": Kernel("lora_gemm", _rotary_arguments, _rotary_truth),
+    "lora_gemm": Kernel("lora_gemm", _gemm_arguments, _gemm_truth, _GEMM_WAYS),
+    "lora_gemm_rotary": Kernel("lora_gemm", _rotary_arguments, _rotary_truth, _GEMM_WAYS),
     "lora_gemm_t": _GEMM_T,
     "lora_gemm_t_dropout": _GEMM_T,
     "lora_project": _PROJECT,
@@ -295,19 +344,31 @@ KERNELS = {
     "lora_reduce_t": Kernel("lora_reduce_t", _reduce_t_arguments, _reduce_t_truth),
     "swiglu": Kernel("swiglu_bwd", _swiglu_arguments, _swiglu_truth),
     "cross_entropy": Kernel("cross_entropy_rows", _cross_entropy_arguments, _cross_entropy_truth),
-}
+    "dequantize_4bit": Kernel("dequantize_4bit", _dequantize_arguments, _dequantize_truth),
+    "attention": Kernel(attention.layer, attention.layer_arguments, attention.layer_truth, ("sdpa", "fastlora")),
+} | {name: _of_attention(name) for name in attention.KERNELS}
+
+
+def of_kernel(
+    kernel: str, model: Model, tokens: int, rank: int, dtype: torch.dtype, device: torch.device
+) -> list[Call]:
+    """The calls of one kernel in a model; of attention in the head dimension of its row."""
+    if kernel in attention.KERNELS:
+        D = attention.head_dim(kernel)
+        return [attention.call(kernel, tokens, model.heads, model.kv_heads, D, dtype, device)]
+    every = of_model(model, tokens, rank, dtype, device, "dropout" in kernel) + beside(model, tokens, dtype, device)
+    return [call for call in every if call.kernel == kernel]
 
 
 def probes(kernel: str) -> Iterator[Call]:
-    """Calls whose code is what Llama 2 asks of a kernel at its easiest and at its hardest: ranks 16 and 128, one
-    projection with a residual and as many as there are without."""
-    meta = torch.device("meta")
+    """Calls whose code is what Llama 2 asks of a kernel at its hardest: rank 128, as many projections as there are,
+    one with a residual; two, and in fp16; query heads in groups."""
+    meta, name = torch.device("meta"), kernel.removesuffix("_fp32")
     dtype = torch.float32 if kernel.endswith("_fp32") else torch.bfloat16
-    name = kernel.removesuffix("_fp32")
-    model = MODELS["7b"]
-    if name == "swiglu":  # of a step without adapters
-        yield Call(name, dtype, meta, n=4096 * model.ffn)
-    for rank in (16, 128):
-        of = [call for call in of_model(model, 4096, rank, dtype, meta, "dropout" in name) if call.kernel == name]
-        hardest = 1 if rank == 128 and name == "lora_gemm" else max((call.p for call in of), default=0)
-        yield from (call for call in of if call.p == hardest)
+
+    every = of_kernel(name, MODELS["70b" if name in attention.KERNELS else "7b"], 4096, 128, dtype, meta)
+    most = max(call.p for call in every)
+    yield next(call for call in every if call.p == (1 if name == "lora_gemm" else most))
+    if dtype != torch.float32 and every[0].r:
+        two = 2 if any(call.p == 2 for call in every) else most
+        yield next(call for call in every if call.p == two)._replace(dtype=torch.float16)

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 from ..kernels._rows import ROWS, Tile
+from . import attention
 from .aot import SHARED_LIMIT
 
 _HEAD = 128  # of every Llama 2
@@ -16,6 +17,10 @@ _PROJECT: Space = ((16, 32, 64), (1,), (64, 128), (64,), (4,), (2, 3))
 _PROJECT_DROPOUT: Space = ((16, 32, 64), (1,), (64, 128), (32, 64), (4,), (2, 3))
 _REDUCE: Space = ((32, 64), (64, 128), (1,), (64,), (4, 8), (2, 3))
 _REDUCE_DROPOUT: Space = ((32, 64), (64, 128), (1,), (32, 64), (4, 8), (2, 3))
+# Rows are of queries, columns of keys.
+_ATTENTION: Space = ((64, 128), (32, 64, 128), (1,), (64,), (4, 8), (2, 3))
+_ATTENTION_DQ: Space = ((32, 64, 128), (32, 64), (1,), (64,), (4, 8), (2, 3))
+_ATTENTION_DKDV: Space = ((16, 32, 64), (32, 64, 128), (1,), (64,), (4, 8), (2, 3))
 _SEVERAL_REDUCE: Space = ((32, 64), (64, 128), (1,), (16, 32), (4, 8), (2, 3))
 SPACES: dict[str, Space] = {
     "lora_gemm": _GEMM,
@@ -38,7 +43,11 @@ SPACES: dict[str, Space] = {
     "swiglu_reduce_dropout": _SEVERAL_REDUCE,
     "swiglu": ((1,), (512, 1024, 2048), (1,), (64,), (4, 8), (2,)),
     "cross_entropy": ((1,), (2048, 4096, 8192), (1,), (64,), (4, 8), (2,)),
+    "dequantize_4bit": ((1,), (512, 1024, 2048), (1,), (64,), (4, 8), (2,)),
+    "flash_attention_decode": ((16,), (32, 64, 128), (1,), (64,), (2, 4), (2, 3)),
 }
+_BY_PRODUCT = {"fwd": _ATTENTION, "dq": _ATTENTION_DQ, "dkdv": _ATTENTION_DKDV}
+SPACES |= {name: _BY_PRODUCT[name.split("_")[2]] for name in attention.KERNELS if name not in SPACES}
 
 
 def enumerated(kernel: str, arch: int) -> Iterator[Tile]:
@@ -72,6 +81,13 @@ def _holds(kernel: str, tile: Tile, arch: int) -> bool:
         least, most = (32, 64) if kernel.endswith("dropout") else (64, 128)
         square = max(tile.m, tile.n) <= 2 * min(tile.m, tile.n)
         return least <= per_thread <= most and square and tile.k * (tile.stages - 1) >= 96
+    if kernel in attention.KERNELS and "decode" not in kernel:
+        # Likewise: the accumulators, and the scores with what the backward has beside them.
+        D, scores = attention.head_dim(kernel), tile.m * tile.n
+        outputs, of_scores = {"fwd": (tile.m * D, 1), "dq": (tile.m * D, 2), "dkdv": (2 * tile.n * D, 2)}[
+            kernel.split("_")[2]
+        ]
+        return 40 <= (outputs + of_scores * scores) / (32 * tile.warps) <= (96 if "dropout" in kernel else 128)
     return True
 
 
@@ -87,6 +103,8 @@ def shared_bytes(kernel: str, tile: Tile, arch: int) -> int:
         elements = (tile.m + 16) * tile.k
     elif "reduce" in kernel:
         elements = ((3 if kernel.startswith("swiglu") else 1) * tile.n + 16) * tile.m
+    elif kernel in attention.KERNELS:
+        elements = 2 * (tile.m if "dkdv" in kernel else tile.n) * attention.head_dim(kernel)
     else:
         return 0
     return 2 * copies * elements

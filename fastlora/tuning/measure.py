@@ -14,7 +14,7 @@ import torch
 
 from ..kernels import _cache, _tiles
 from ..kernels._rows import Tile
-from ..kernels._tiles import ATEN, METHODS, Call
+from ..kernels._tiles import Call
 from . import calls
 
 Thunk = Callable[[], Any]
@@ -38,12 +38,9 @@ class Refused(AssertionError):
 
 def candidates(call: Call, tiles: Iterable[Tile] = ()) -> list[Candidate]:
     """The library's ways, the tiles given, and the shipped ones."""
-    rows = _tiles.shipped(call)
-    methods = METHODS[_tiles.family(call.kernel)].names if _tiles.family(call.kernel) in METHODS else (ATEN,)
-    if call.kernel.startswith("lora_gemm_t"):
-        methods = tuple(name for name in methods if name != "augmented")  # it is addmm there
-    found = [Candidate(name, rows[0].tile) for name in methods if name != "triton"]
-    every = dict.fromkeys([*tiles, *(row.tile for row in rows)])
+    rows, kernel = _tiles.shipped(call), calls.KERNELS[call.kernel]
+    found = [Candidate(name, rows[0].tile) for name in kernel.methods]
+    every = dict.fromkeys([*tiles, *(row.tile for row in rows)]) if kernel.launcher else ()
     return [*found, *(Candidate("triton", tile) for tile in every)]
 
 
@@ -54,10 +51,9 @@ def measure(call: Call, seconds: float = 0.5, tiles: Iterable[Tile] = ()) -> dic
         Refused: not one candidate passes parity.
         torch.OutOfMemoryError: the operands do not fit.
     """
-    kernel = calls.KERNELS[call.kernel]
-    op = getattr(torch.ops.fastlora, kernel.op)
-    arguments = kernel.arguments(call, _new(call))
-    truth = kernel.truth(*_copied(arguments))
+    kernel, probe = calls.KERNELS[call.kernel], _probe(call)
+    op, few, arguments = kernel.run, *(kernel.arguments(one, _new(one)) for one in (probe, call))
+    truth = kernel.truth(*_copied(few))
     thunks: dict[Candidate, Thunk] = {}
     refused: dict[str, str] = {}
     for candidate in candidates(call, tiles):
@@ -68,7 +64,8 @@ def measure(call: Call, seconds: float = 0.5, tiles: Iterable[Tile] = ()) -> dic
 
         try:
             with _tiles.forced(call.kernel, *candidate):
-                check(op(*_copied(arguments)), truth, call)
+                check(op(*_copied(few)), truth, probe)
+            run()
             thunks[candidate] = run
         except (Refused, _tiles.LaunchFailed) as error:
             refused[str(candidate)] = str(error).splitlines()[0][:200]
@@ -90,16 +87,22 @@ def measure(call: Call, seconds: float = 0.5, tiles: Iterable[Tile] = ()) -> dic
     }
 
 
+def _probe(call: Call) -> Call:
+    """The call with so few rows that its truth fits beside it: ragged against every tile, and, as the call itself, a
+    multiple of 16, which is what Triton compiles for; a reduction over them is split in three."""
+    return call._replace(m=min(call.m, 1040)) if call.m else call._replace(n=min(call.n, 1040 << 10))
+
+
 def check(ours: Any, truth: list[torch.Tensor], call: Call) -> None:
     """Raise Refused unless rms(ours − truth) ≤ (2 u + 2 u₃₂ √length) · rms(truth) for every output.
 
     u is the unit roundoff of the output's dtype, which an addmm rounds to twice; u₃₂ that of the fp32 accumulators,
     whose errors over sums of ``length`` terms add up like a random walk; operands that a kernel makes on its way (the
-    normed row, SwiGLU's product) are rounded to the call's dtype once more.
+    normed row, SwiGLU's product, probabilities) are rounded to the call's dtype once more.
     """
     outputs = [out for out in (ours if isinstance(ours, (list, tuple)) else (ours,)) if out.numel()]
     length = max(call.m, call.n if call.m else 1, call.k)
-    makes = "project" in call.kernel or call.kernel.startswith(("swiglu", "rms_norm"))
+    makes = "project" in call.kernel or "attention" in call.kernel or call.kernel.startswith(("swiglu", "rms_norm"))
     made = torch.finfo(call.dtype).eps / 2 if makes else 0.0
     for i, (out, expected) in enumerate(zip(outputs, truth, strict=True)):
         u = max(torch.finfo(out.dtype).eps / 2, made)
@@ -211,8 +214,12 @@ def on_first_use(call: Call) -> None:
     if call.kernel not in calls.KERNELS or torch.cuda.is_current_stream_capturing():
         return
     environment = _cache.environment(call.device, _tiles.arch(call.device))
+    _tiles.autotune = None  # while one is measured, no other: it would wait for the first
     try:
         for _ in tune([call], environment, measure=lambda call: measure(call, seconds=0.1)):
             pass
     except (Refused, torch.OutOfMemoryError) as error:
         _LOG.warning("%s was not tuned, its row serves: %s", call.kernel, str(error).splitlines()[0])
+    finally:
+        install()
+        _tiles.forget()

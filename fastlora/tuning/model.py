@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from ..kernels._rows import Tile
 from ..kernels._tiles import Call
+from . import attention
 from .candidates import shared_bytes
 
 SMS, FLOPS, BANDWIDTH, CLOCK = 108, 312e12, 2.04e12, 1.41e9
@@ -96,7 +97,28 @@ def _work(call: Call, tile: Tile) -> _Work:
         return _Work(tiles * splits, 2.0 * products * block * tile.n * depth, shared, l2, dram)
     if call.kernel == "swiglu":
         return _Work(math.ceil(n / tile.n), 0.0, 0.0, 12.0 * n, 12.0 * n)
+    if call.kernel == "dequantize_4bit":
+        return _Work(math.ceil(n / 2 / tile.n), 0.0, 0.0, 2.5 * n, 2.5 * n)
+    if call.kernel in attention.KERNELS:
+        return _attention_work(call, tile)
     return _Work(m, 0.0, 0.0, 6.0 * m * n, 6.0 * m * n)  # cross_entropy
+
+
+def _attention_work(call: Call, tile: Tile) -> _Work:
+    """Causal: of the other side a program sees half, and half of the tiles on the diagonal in vain. Its warps share
+    the rows of the output, each of them reads all of the other side."""
+    T, D, heads, group = call.m, call.k, call.n // call.k, call.p
+    T_kv = max(T, attention.DECODE_KEYS) if "decode" in call.kernel else T
+    of_keys = "dkdv" in call.kernel
+    rows, other = (tile.n, tile.m) if of_keys else (tile.m, tile.n)
+    depth = _up(T_kv - T / 2 + rows / 2, other) * (group if of_keys else 1)
+    programs = math.ceil(T / rows) * heads // (group if of_keys else 1)
+    # Products of the rows with the other side, and tensors of the rows read or written.
+    products, tensors = {"dq": (3, 4), "dkdv": (4, 4)}.get(call.kernel.split("_")[2], (2, 2))
+    l2 = 2.0 * programs * D * (tensors * rows + 2 * depth)
+    dram = 2.0 * D * heads * ((tensors if not of_keys else 2) * T + (tensors if of_keys else 2) * T_kv / group)
+    shared = 2.0 * tile.warps * products * D * depth
+    return _Work(programs, 2.0 * products * rows * D * depth, shared, l2, dram)
 
 
 def _up(size: float, block: int) -> int:

@@ -20,6 +20,7 @@ from .screen import Screened, shipped_rows
 MARGIN = 1.1
 _LOW, _HIGH = (8, 16), (64, 128)
 _LOW_RANKS = 48  # of three projections of rank 16; one of rank 64 has more
+_OURS = ("triton", "fastlora")
 
 
 def screened(found: Iterable[Screened], kernel: str, arch: int) -> list[Row]:
@@ -64,16 +65,12 @@ def _by_tokens(kernel: str, arch: int, times: Times, ranks: tuple[int, ...], ove
 
 def _calls(kernel: str, tokens: int, ranks: Iterable[int]) -> list[Call]:
     name, meta = kernel.removesuffix("_fp32"), torch.device("meta")
-    every = [
+    return [
         call
         for one in calls.MODELS.values()
         for rank in ranks
-        for call in (
-            *calls.of_model(one, tokens, rank, torch.bfloat16, meta, "dropout" in name),
-            *calls.beside(one, tokens, torch.bfloat16, meta),
-        )
+        for call in calls.of_kernel(name, one, tokens, rank, torch.bfloat16, meta)
     ]
-    return [call for call in every if call.kernel == name]
 
 
 def _mean(of: list[Call], one: Screened) -> float:
@@ -139,9 +136,9 @@ def table(of: Iterable[tuple[Call, Mapping[str, Any]]]) -> Iterator[tuple[str, .
     """Lines of (kernel, M, N, K, R, ours ms, its tile, library ms, its name, ours / library), losses included."""
     for call, entry in of:
         times = entry["all"]
-        ours = min((name for name in times if name.startswith("triton")), key=times.get, default=None)
-        other = min((name for name in times if not name.startswith("triton")), key=times.get, default=None)
+        ours = min((name for name in times if name.startswith(_OURS)), key=times.get, default=None)
+        other = min((name for name in times if not name.startswith(_OURS)), key=times.get, default=None)
         cells = [call.kernel, *(str(size) if size else "" for size in call[3:7])]
-        cells += [f"{times[ours]:.4f}" if ours else "refused", ours.removeprefix("triton ") if ours else ""]
-        cells += [f"{times[other]:.4f}" if other else "refused", other or ""]
+        cells += [f"{times[ours]:.4f}" if ours else "none", ours.removeprefix("triton ") if ours else ""]
+        cells += [f"{times[other]:.4f}" if other else "none", other or ""]
         yield (*cells, f"{times[ours] / times[other]:.2f}" if ours and other else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -47,8 +48,12 @@ class Screened:
 
 
 def kernels() -> list[str]:
-    """Everything that has rows and can be probed."""
-    return [name for name in dict.fromkeys(row.kernel for row in ROWS) if name.removesuffix("_fp32") in calls.KERNELS]
+    """Everything that has rows with tiles."""
+    return [
+        name
+        for name in dict.fromkeys(row.kernel for row in ROWS)
+        if (one := calls.KERNELS.get(name.removesuffix("_fp32"))) and one.launcher
+    ]
 
 
 def shipped_rows(arch: int, names: Iterable[str]) -> list[Row]:
@@ -68,15 +73,18 @@ def compile_one(kernel: str, tile: Tile, arch: int, probes: Iterable[Call] | Non
     """Compile one candidate for sm_<arch>, exactly as its launcher launches it, on tensors without memory."""
     name = kernel.removesuffix("_fp32")
     one = calls.KERNELS[name]
+    launcher = one.launcher
+    assert launcher, f"{name} is no kernel with tiles"
     registers = spilled = shared = 0
-    with compiling(arch) as compiled, forced(name, "triton", tile):
-        for call in dict.fromkeys(calls.probes(kernel) if probes is None else probes):
+    asked = dict.fromkeys(calls.probes(kernel) if probes is None else probes)
+    with compiling(arch, name) as compiled, forced(name, "triton", tile):
+        for call, arguments in itertools.product(asked, (one.others if probes is None else ()) or (one.arguments,)):
 
             def new(*shape: int, dtype: torch.dtype | None = None, scale: float = 1.0, call: Call = call) -> Any:
                 return meta(*shape, dtype=dtype or call.dtype)
 
             try:
-                one.launcher(*one.arguments(call, new))
+                launcher(*arguments(call, new))
             except Exception as error:  # Triton's own, of many types: the candidate is out, and says why
                 return Screened(kernel, tile, error=f"{type(error).__name__}: {error}".strip().splitlines()[0][:200])
             for found in compiled.values():
@@ -134,6 +142,7 @@ def best_tiles(
     jobs = [
         (call._replace(device=torch.device("meta")), call, tile)
         for call in of
+        if calls.KERNELS[call.kernel].launcher
         for tile in dict.fromkeys(
             [*_plausible(call, arch)[:most], *(row.tile for row in shipped_rows(arch, [call.kernel]))]
         )

@@ -6,6 +6,7 @@
 import itertools
 import multiprocessing
 import os
+import sys
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -16,7 +17,9 @@ pytest.importorskip("triton")
 
 from kernels.launches import LAUNCHES, MODELS, resources
 
-from fastlora.kernels import _tiles, flash_attention
+from fastlora.kernels import _tiles
+from fastlora.kernels._rows import ANY
+from fastlora.tuning import screen
 from fastlora.tuning.aot import SHARED_LIMIT, cuobjdump
 
 ARCHS = (80, 90)
@@ -40,14 +43,23 @@ def test_fits_the_registers_and_the_shared_memory_of(arch, name, compilations):
     assert not over, "\n".join(["over the limits:", *over])
 
 
-def test_every_tile_of_attention_is_among_them(monkeypatch):
+def test_every_row_is_among_them(monkeypatch):
+    """But those for short batches, which are tests/tuning/test_screen.py's."""
     seen = set()
-    monkeypatch.setattr(flash_attention, "launch", lambda *_, choice, **meta: seen.add(_tiles._row_name(choice.call)))
-    for name, (function, _) in LAUNCHES.items():
-        if name.startswith("attention"):
-            for model in MODELS:
-                function(model)
-    assert seen == {row.kernel for row in _tiles.ROWS if row.kernel.startswith("flash_attention")}
+
+    def launch(*_, choice=None, **meta):
+        if choice is not None:
+            seen.add((_tiles._row_name(choice.call), choice.tile))
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fastlora.kernels.") and hasattr(module, "launch"):
+            monkeypatch.setattr(module, "launch", launch)
+    monkeypatch.setenv("FASTLORA_GEMM", "triton")
+    for function, arguments in LAUNCHES.values():
+        for model, one in itertools.product(MODELS, arguments):
+            function(model, *one)
+    kernels = set(screen.kernels()) - {"lora_gemm_rotary_fp32"}  # its tile holds no head of 128: lora_gemm's serves
+    assert {(row.kernel, row.tile) for row in screen.shipped_rows(80, kernels) if row.m == ANY} <= seen
 
 
 # The multiplier of Philox.

@@ -3,7 +3,7 @@ import torch
 from ops.witness import FLOATS, called, check, perturbing, run
 
 from fastlora.kernels import flash_attention as launchers
-from fastlora.kernels._library import INTERPRET
+from fastlora.kernels._library import INTERPRET, implementations
 from fastlora.ops import flash_attention
 from fastlora.reference.flash_attention import _visible
 
@@ -352,3 +352,25 @@ def test_errors(change, error, message):
 def test_cu_seqlens_is_for_one_row():
     with pytest.raises(ValueError, match="cu_seqlens goes with one row and T = T_kv, got B = 2"):
         flash_attention(**make(B=2), cu_seqlens=torch.zeros(3, dtype=torch.int32))
+
+
+@pytest.mark.skipif(INTERPRET, reason="of the composition, and the C++ kernel in it")
+def test_where_no_tile_runs_everything_is_made_on_the_device_of_q():
+    """A GPU's fallback, seen from a CPU: what is made with no device named lands on meta, and would not go with q."""
+    q, k, v, dout = (torch.randn(2, 3, 140, 32) for _ in range(4))
+    rest = padding(140, 140, -61), packed((60, 80)), 0.2, True, 37, 0.0, None
+    (_, fwd), (_, bwd) = (implementations[f"flash_attention_{one}"] for one in ("fwd", "bwd"))
+    expected = fwd(q, k, v, *rest)
+    gradients = bwd(dout, q, k, v, *expected, *rest)
+    softmax = [torch.randn(3, 140, 140), torch.zeros(140, dtype=torch.int64), torch.full((140,), 140), None, 0.2]
+    with torch.device("meta"):
+        assert_equal(fwd(q, k, v, *rest), expected)
+        assert_equal(bwd(dout, q, k, v, *expected, *rest), gradients)
+        implementations["attention_softmax"][1](*softmax)
+        implementations["attention_softmax_bwd"][1](softmax[0], *softmax)
+    with pytest.raises(RuntimeError, match="no tile with dropout runs on meta; FASTLORA_ATTENTION=sdpa has one"):
+        fwd(q.to("meta"), k, v, *rest[:-2], 0.1, torch.tensor(1))
+
+
+def assert_equal(one, other):
+    assert all(map(torch.equal, one, other))

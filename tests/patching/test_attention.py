@@ -10,6 +10,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import fastlora
+from fastlora.kernels import _tiles
 from fastlora.modules import flash_attn
 from fastlora.reference import flash_attention
 
@@ -53,7 +54,10 @@ def test_one_is_forced(run, forced, monkeypatch):
 
 @pytest.mark.parametrize(
     ("forced", "message"),
-    [("flash", "is 'flash', needs one of 'fastlora', 'sdpa'"), (flash_attn.FA3, "package flash_attn_interface, which")],
+    [
+        ("flash", "is 'flash', needs 'fastlora', 'sdpa', 'flash_attention_2' or 'flash_attention_3'"),
+        (flash_attn.FA3, "package flash_attn_interface, which"),
+    ],
 )
 def test_one_that_cannot_be_forced(forced, message, monkeypatch):
     monkeypatch.setenv("FASTLORA_ATTENTION", forced)
@@ -106,6 +110,13 @@ def test_a_bare_model():
     assert row(model, "layers.0.self_attn.attention").fused == 1
 
 
+@pytest.fixture(autouse=True)
+def _choose_anew():
+    """What is installed is asked once."""
+    yield
+    _tiles.forget()
+
+
 def stand_in(name: str, monkeypatch) -> list[str]:
     """A package of that name, which checks what it is called with and computes with the witness."""
     called = []
@@ -133,7 +144,7 @@ def stand_in(name: str, monkeypatch) -> list[str]:
     package.__spec__ = importlib.machinery.ModuleSpec(package.__name__, None)
     package.flash_attn_func, package.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, package.__name__, package)
-    monkeypatch.setattr(flash_attn, "installed", lambda asked: asked == name)
+    monkeypatch.setattr(_tiles, "installed", lambda package: package == flash_attn.PACKAGES[name])
     monkeypatch.setattr(flash_attn, "_DEVICES", ("cpu",))
     monkeypatch.setenv("FASTLORA_ATTENTION", name)
     return called

@@ -77,6 +77,7 @@ def test_a_variable_forces_and_is_named(monkeypatch):
 def test_another_architecture_takes_its_own_rows(monkeypatch):
     assert choose("lora_gemm", X, m=4096, r=16).method == "triton"
     monkeypatch.setenv("TRITON_OVERRIDE_ARCH", "sm90a")
+    _tiles.forget()
     assert choose("lora_gemm", X, m=4096, r=16).method == "addmm"
 
 

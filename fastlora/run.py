@@ -3,6 +3,9 @@
     python -m fastlora.run script.py args…            torchrun -m fastlora.run script.py args…
     python -m fastlora.run -m trl.scripts.sft args…   accelerate launch -m fastlora.run script.py args…
 
+What ``fastlora.patch`` takes comes before the script: --memory auto, --ops rms_norm,swiglu, --strict. Adapters come
+after the model is built: strict is held against the plan of its first training step.
+
 Each model's plan is printed at its first training step, and with its counters when the script ends; on stderr, by the
 first process.
 
@@ -21,6 +24,7 @@ Not seen: models unpickled with ``torch.load``, and those of processes that the 
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib.util
 import os
@@ -36,7 +40,7 @@ from typing import Any
 import fastlora
 
 LLAMA = "transformers.models.llama.modeling_llama"
-USAGE = "usage: python -m fastlora.run (script.py | -m module) [args…]"
+USAGE = "[-h] [--ops OPS] [--strict] [--memory MEMORY] (script.py | -m module) [args…]"
 
 
 class Watch:
@@ -65,6 +69,7 @@ class Watch:
 # By the backbone: it is called as a module whoever drives it, where PEFT calls the forward of the model around it.
 _watches: weakref.WeakKeyDictionary[Any, Watch] = weakref.WeakKeyDictionary()
 _all: list[Watch] = []  # those of this run
+_options: dict[str, Any] = {}  # of patch; here, where the hooks of copies of a model find them, too
 
 
 def _watch(backbone: Any) -> Watch:
@@ -76,7 +81,7 @@ def _watch(backbone: Any) -> Watch:
 
 def _built(model: Any) -> None:
     """Patch a model and watch it, under its outermost name: the backbone is built before what is around it."""
-    fastlora.patch(model)
+    fastlora.patch(model, **{**_options, "strict": False})
     backbone = model.base_model
     if backbone not in _watches:
         backbone.register_forward_pre_hook(_first_step)
@@ -88,6 +93,8 @@ def _first_step(backbone: Any, args: Any) -> None:
     """A forward pre-hook: the plan, once. Copies of a model have it, too, and are known by their backbone."""
     import torch
 
+    from .patching.engine import require_fused
+
     if not backbone.training or torch.compiler.is_compiling():
         return
     for handle, hook in list(backbone._forward_pre_hooks.items()):
@@ -96,6 +103,8 @@ def _first_step(backbone: Any, args: Any) -> None:
     watch = _watch(backbone)
     watch.look()
     _say(f"fastlora: {watch.name}\n{watch.plan}")
+    if _options.get("strict") and (model := watch.model()) is not None:
+        require_fused(model, watch.plan, _options["ops"])
 
 
 def _say(text: str) -> None:
@@ -127,8 +136,8 @@ class _AfterImport(MetaPathFinder):
 
 
 @contextmanager
-def patching_what_is_built() -> Iterator[None]:
-    """Within it, every Llama is patched when it has been constructed."""
+def patching_what_is_built(**options: Any) -> Iterator[None]:
+    """Within it, every Llama is patched when it has been constructed. options: of ``fastlora.patch``."""
     hooked: list[Any] = []
 
     def hook(module: ModuleType) -> None:
@@ -148,30 +157,42 @@ def patching_what_is_built() -> Iterator[None]:
         hook(sys.modules[LLAMA])
     else:
         sys.meta_path.insert(0, finder)
+    _options.update(options)
     try:
         yield
     finally:
+        _options.clear()
         if finder in sys.meta_path:
             sys.meta_path.remove(finder)
         for cls in hooked:
             del cls.post_init
 
 
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m fastlora.run", usage=f"%(prog)s {USAGE}", allow_abbrev=False)
+    parser.description = "Run a training script unedited, with every Llama it builds patched."
+    parser.add_argument("--ops", help="what to fuse, names with commas; all by default")
+    parser.add_argument("--strict", action="store_true", help="stop at the first step if anything is not fused")
+    parser.add_argument("--memory", default="fast", help="fast, lean, auto, or bytes: 20GB")
+    parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help="a module, as python -m, and its arguments")
+    parser.add_argument("script", nargs=argparse.REMAINDER, help="a script and its arguments")
+    found = parser.parse_args(argv)
+    if not (found.module or found.script):
+        parser.error("a script or -m and a module is needed")
+    if not found.module and not os.path.exists(found.script[0]):
+        parser.error(f"{found.script[0]}: no such file")
+    return found
+
+
 def main(argv: list[str]) -> None:
     """Run a script, or ``-m`` and a module, with its arguments, as python itself would."""
-    if argv[:1] in (["-h"], ["--help"]):
-        print(USAGE)
-        return
-    module = argv[:1] == ["-m"]
-    target, *arguments = argv[module:] or [""]
-    if not target:
-        sys.exit(USAGE)
-    if not module and not os.path.exists(target):
-        sys.exit(f"fastlora.run: {target}: no such file; {USAGE}")
+    given = _parse(argv)
+    command: list[str] = (given.module or []) + given.script
+    target, *arguments = command
     sys.argv = [target, *arguments]
     try:
-        with patching_what_is_built():
-            if module:
+        with patching_what_is_built(ops=given.ops, strict=given.strict, memory=given.memory):
+            if given.module:
                 runpy.run_module(target, run_name="__main__", alter_sys=True)
             else:
                 if not getattr(sys.flags, "safe_path", False):

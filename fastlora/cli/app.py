@@ -21,6 +21,13 @@ app = typer.Typer(
 )
 DEFAULT = Settings(model="", data="", out="")
 
+# What fastlora.patch takes.
+Ops = Annotated[str | None, typer.Option(help="Fuse only these: rms_norm,swiglu.  [default: all]")]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop if anything that could be fused would not be.")]
+Memory = Annotated[
+    str, typer.Option(help="fast, lean (checkpoint layers), auto (recompute what must be), or bytes: 20GB.")
+]
+
 
 class Dtype(str, Enum):
     """Weight types."""
@@ -87,9 +94,9 @@ def train(
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="Recompute layers in backward: less memory, slower.")
     ] = DEFAULT.gradient_checkpointing,
-    memory: Annotated[
-        str, typer.Option(help="fast, lean (checkpoint layers), auto (recompute what must be), or bytes: 20GB.")
-    ] = DEFAULT.memory,
+    ops: Ops = DEFAULT.ops,
+    strict: Strict = DEFAULT.strict,
+    memory: Memory = DEFAULT.memory,
     dtype: Annotated[
         Dtype, typer.Option(help="Type of the frozen weights. auto: bfloat16 where the GPU has it.")
     ] = Dtype.auto,
@@ -110,8 +117,8 @@ def train(
     settings = Settings(
         model=model, data=data, out=out, rank=rank, alpha=alpha, dropout=dropout, targets=targets, lr=lr,
         epochs=epochs, max_steps=max_steps, batch_size=batch_size, grad_accum=grad_accum, max_length=max_length,
-        packing=packing, answers_only=answers_only, gradient_checkpointing=gradient_checkpointing, memory=memory,
-        dtype=dtype.value, seed=seed, save_steps=save_steps, patch=not no_patch,
+        packing=packing, answers_only=answers_only, gradient_checkpointing=gradient_checkpointing, ops=ops,
+        strict=strict, memory=memory, dtype=dtype.value, seed=seed, save_steps=save_steps, patch=not no_patch,
     )  # fmt: skip
     try:
         run(settings, resume, sys.argv[1:], _console())
@@ -146,6 +153,9 @@ def verify(
     ] = None,
     packing: Annotated[bool, typer.Option(help="Put several rows into one sequence.")] = DEFAULT.packing,
     dtype: Annotated[Dtype, typer.Option(help="Type of the frozen weights, as for train.")] = Dtype.auto,
+    ops: Ops = DEFAULT.ops,
+    strict: Strict = DEFAULT.strict,
+    memory: Memory = DEFAULT.memory,
 ) -> None:
     """Hold the fused model against float64 on a batch of the data, layer by layer. Trains nothing.
 
@@ -154,8 +164,9 @@ def verify(
     from .verify import verify as run
 
     settings = Settings(
-        model=model, data=data, out="", batch_size=batch_size, max_length=max_length, packing=packing, dtype=dtype.value
-    )
+        model=model, data=data, out="", batch_size=batch_size, max_length=max_length, packing=packing, ops=ops,
+        strict=strict, memory=memory, dtype=dtype.value,
+    )  # fmt: skip
     if not run(settings, adapter, _console()):
         raise typer.Exit(1)
 

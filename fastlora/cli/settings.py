@@ -23,6 +23,8 @@ class Settings:
     packing: bool = False
     answers_only: bool | None = None
     gradient_checkpointing: bool = False
+    ops: str | None = None
+    strict: bool = False
     memory: str = "fast"
     dtype: str = "auto"
     seed: int = 0

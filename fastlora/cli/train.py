@@ -24,7 +24,7 @@ from .settings import Settings
 CONTEXT = 4096
 RUN_FILE = "run.json"
 # What may differ between a run and its --resume: everything else would bend the loss curve.
-FREE_ON_RESUME = {"out", "epochs", "max_steps", "save_steps", "patch", "memory"}
+FREE_ON_RESUME = {"out", "epochs", "max_steps", "save_steps", "patch", "ops", "strict", "memory"}
 
 
 class Interrupted(Exception):
@@ -41,13 +41,13 @@ def train(settings: Settings, resume: bool, argv: Sequence[str], console: Consol
     calls this, on the same directory; rank 0 writes, except that each rank adds its part to a checkpoint.
     """
     began = time.perf_counter()
-    _check_memory(settings)
+    options = patch_options(settings)
     rows = read_rows(settings.data)
     answers_only = _answers_only(settings, rows)
     checkpoint = _open(settings, rows, resume, console)
     quiet()
 
-    trainer, stop, speed, progress = _build(settings, rows, answers_only, console)
+    trainer, stop, speed, progress = _build(settings, options, rows, answers_only, console)
     from .energy import EnergyMeter, energy_report
     from .measure import PeakMemory
     from .trainer import Complete
@@ -94,15 +94,22 @@ def train(settings: Settings, resume: bool, argv: Sequence[str], console: Consol
     return report
 
 
-def _check_memory(settings: Settings) -> None:
+def patch_options(settings: Settings) -> dict[str, Any]:
+    """What the flags of these names are to `fastlora.patch`."""
     from fastlora.modules.memory import parse
+    from fastlora.patching.engine import parse_ops
 
+    options = {"ops": settings.ops, "strict": settings.strict, "memory": settings.memory}
     try:
+        parse_ops(settings.ops)
         parse(settings.memory)
     except ValueError as error:
         raise CommandError(f"--{error}") from None
-    if settings.memory != "fast" and not settings.patch:
-        raise CommandError(f"--memory {settings.memory} is fastlora's own; it does not go with --no-patch")
+    for name, value in options.items():
+        if not settings.patch and value != getattr(Settings, name):
+            said = f"--{name}" if value is True else f"--{name} {value}"
+            raise CommandError(f"{said} is fastlora's own; it does not go with --no-patch")
+    return options
 
 
 def _answers_only(settings: Settings, rows: Rows) -> bool:
@@ -154,7 +161,9 @@ def quiet(bars: bool = True) -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
-def _build(settings: Settings, rows: Rows, answers_only: bool, console: Console) -> tuple[Any, ...]:
+def _build(
+    settings: Settings, options: dict[str, Any], rows: Rows, answers_only: bool, console: Console
+) -> tuple[Any, ...]:
     from datasets import Dataset
     from transformers import PrinterCallback
 
@@ -172,7 +181,10 @@ def _build(settings: Settings, rows: Rows, answers_only: bool, console: Console)
     args = _arguments(settings, rows, answers_only, load_config(settings.model))
     model = add_lora(load_model(settings.model, settings.dtype), settings)
     if settings.patch:
-        fastlora.patch(model, memory=settings.memory)
+        try:
+            fastlora.patch(model, **options)
+        except fastlora.NotFused as error:
+            raise CommandError(f"--strict: {error}") from None
 
     stop, speed = StopOnSignal(), Speed()
     progress = ShowProgress(console, speed)

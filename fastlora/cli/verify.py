@@ -13,11 +13,12 @@ from .data import Rows, read_rows
 from .errors import CommandError, first_line
 from .models import load_adapter, load_model, load_tokenizer
 from .settings import Settings
-from .train import _answers_only, _arguments, add_lora, quiet
+from .train import _answers_only, _arguments, add_lora, patch_options, quiet
 
 
 def verify(settings: Settings, adapter: str | None, console: Console) -> bool:
     """Verify `settings.model` on the first batch that `fastlora train` would draw; whether all is within the budget."""
+    options = patch_options(settings)
     rows = read_rows(settings.data)
     answers_only = _answers_only(settings, rows)
     quiet()
@@ -32,7 +33,10 @@ def verify(settings: Settings, adapter: str | None, console: Console) -> bool:
         model = load_adapter(base, adapter)
     dtype = str(base.dtype).removeprefix("torch.")
     console.print(f"{settings.model} in {dtype}, {batch['input_ids'].numel():,} tokens of {settings.data}\n")
-    found = fastlora.verify(model, batch)
+    try:
+        found = fastlora.verify(model, batch, **options)
+    except fastlora.NotFused as error:
+        raise CommandError(f"--strict: {error}") from None
     _print(found, console)
     return found.within
 

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 import fastlora
+from fastlora.patching.engine import parse_ops
 
 
 class LightningCallback(Callback):
@@ -19,16 +20,16 @@ class LightningCallback(Callback):
     Args, errors: as ``fastlora.patch``.
     """
 
-    def __init__(self, ops: Iterable[str] | None = None, strict: bool = False) -> None:
-        self._ops, self._strict = ops, strict
+    def __init__(self, ops: Iterable[str] | None = None, strict: bool = False, memory: str | int = "fast") -> None:
+        self._options: dict[str, Any] = {"ops": parse_ops(ops), "strict": strict, "memory": memory}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Before the strategy."""
         if fastlora.explain(pl_module).rows:
-            fastlora.patch(pl_module, ops=self._ops, strict=self._strict)
+            fastlora.patch(pl_module, **self._options)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """After it."""
-        fastlora.patch(pl_module, ops=self._ops, strict=self._strict)
+        fastlora.patch(pl_module, **self._options)
         if trainer.is_global_zero:
             print(f"fastlora: {fastlora.explain(pl_module).summary()}")

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 import fastlora
+from fastlora.patching.engine import parse_ops
 
 
 class FastLoraCallback(TrainerCallback):
@@ -19,13 +20,13 @@ class FastLoraCallback(TrainerCallback):
     Args, errors: as ``fastlora.patch``.
     """
 
-    def __init__(self, ops: Iterable[str] | None = None, strict: bool = False) -> None:
-        self._ops, self._strict = ops, strict
+    def __init__(self, ops: Iterable[str] | None = None, strict: bool = False, memory: str | int = "fast") -> None:
+        self._options: dict[str, Any] = {"ops": parse_ops(ops), "strict": strict, "memory": memory}
         self._model: Any = None
 
     def _patch(self, model: Any) -> None:
         if model is not self._model:
-            self._model = fastlora.patch(model, ops=self._ops, strict=self._strict)
+            self._model = fastlora.patch(model, **self._options)
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """The trainer is made."""

@@ -76,10 +76,15 @@ def _check_model(model: Any) -> None:
         raise TypeError(f"model is a {type(model).__name__}, needs a torch.nn.Module such as a LlamaForCausalLM")
 
 
-def _check_ops(ops: Iterable[str] | None) -> frozenset[str]:
+def parse_ops(ops: Iterable[str] | None) -> frozenset[str]:
+    """``patch``'s argument ops as a set of names.
+
+    Raises:
+        ValueError: an unknown name.
+    """
     if ops is None:
         return OPS
-    chosen = frozenset([ops] if isinstance(ops, str) else ops)
+    chosen = frozenset(map(str.strip, ops.split(",")) if isinstance(ops, str) else ops)
     if unknown := chosen - OPS:
         raise ValueError(f"ops has {sorted(unknown)}, needs names among {sorted(OPS)}")
     return chosen
@@ -111,8 +116,8 @@ def patch(model: Model, ops: Iterable[str] | None = None, strict: bool = False, 
 
     Args:
         model: a LlamaForCausalLM, or anything that contains one (a PeftModel, a wrapper).
-        ops: which ops to use, by name; all by default. See fastlora.patching.engine.OPS.
-        strict: raise NotFused, with the model as it was, if anything that could be fused would not be.
+        ops: which ops to use, names or a string of them with commas; all by default. See fastlora.patching.engine.OPS.
+        strict: raise NotFused, with the model as it was, if anything that these ops could fuse would not be.
         memory: what layers keep for backward. "fast": everything. "lean": their input alone; the backward computes
             each layer again. "auto": of every layer all, all but the MLP's part, or the input alone, so that least is
             computed again and the step fits the free memory of the device; decided by the tokens of the batch, before
@@ -125,7 +130,7 @@ def patch(model: Model, ops: Iterable[str] | None = None, strict: bool = False, 
         NotFused: with strict=True.
     """
     _check_model(model)
-    chosen, policy = _check_ops(ops), Memory(parse(memory))
+    chosen, policy = parse_ops(ops), Memory(parse(memory))
     before = _states(model)
     for _, module, swap in _candidates(model):
         mine = chosen & swap.ops
@@ -141,13 +146,33 @@ def patch(model: Model, ops: Iterable[str] | None = None, strict: bool = False, 
 
         install()
     plan = explain(model)
-    if strict and (plan.unfused or not plan.rows):
-        _restore(before)
-        reasons = [f"{row.path}: {row.why}" for row in plan.unfused] or ["no Llama module found"]
-        raise NotFused("could not fuse\n  " + "\n  ".join(reasons))
+    if strict:
+        try:
+            require_fused(model, plan, chosen)
+        except NotFused:
+            _restore(before)
+            raise
     if not plan.rows:
         logging.getLogger("fastlora").warning("%s has no Llama module: nothing was fused", type(model).__name__)
     return model
+
+
+def require_fused(model: nn.Module, plan: Plan, ops: Iterable[str] | None = None) -> None:
+    """What strict means, of the plan of a model that was patched with these ops.
+
+    Raises:
+        NotFused: something that the ops could fuse is not fused, or the model has no Llama module.
+    """
+    chosen = parse_ops(ops)
+    left = {path for path, _, swap in _candidates(model) if not chosen & swap.ops}
+    # "is not fused" follows from another row, of a module inside.
+    by_choice = () if chosen == OPS else ("is not among the chosen ops", "is not fused")
+    rows = [row for row in plan.unfused if row.path not in left and not str(row.why).endswith(by_choice)]
+    reasons = [f"{row.path or '(model)'}: {row.why}" for row in rows]
+    if not plan.rows:
+        reasons = ["no Llama module found"]
+    if reasons:
+        raise NotFused("could not fuse\n  " + "\n  ".join(reasons))
 
 
 def unpatch(model: Model) -> Model:

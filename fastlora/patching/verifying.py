@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -30,7 +30,13 @@ _FLAGS = ("training", "p", "attention_dropout", "gradient_checkpointing", "compu
 Run = Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
 
 
-def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
+def verify(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    ops: Iterable[str] | None = None,
+    strict: bool = False,
+    memory: str | int = "fast",
+) -> Verification:
     """Hold the fused form of a model, on a batch of its own data, against float64. ``print`` what it returns.
 
     One forward of the original model records what enters each decoder layer and the head (final norm, lm_head and
@@ -53,13 +59,15 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
     Args:
         model: holds a LlamaForCausalLM, patched or not (then it is patched for the check); before it is sharded.
         batch: what the model is trained on, with input_ids and labels.
+        ops, strict, memory: of ``patch``, for a model that is not patched. One that is keeps its own.
 
     Returns:
         A Verification: ``within`` says whether all is within the budget, ``exceeded`` what is not, worst first.
 
     Raises:
         TypeError, ValueError: no LlamaForCausalLM, no labels, parameters that are sharded, an attention
-        implementation or a quantised base that has no float64 form.
+        implementation or a quantised base that has no float64 form, options of ``patch`` for a patched model.
+        NotFused: with strict=True.
     """
     engine._check_model(model)
     causal = _find(model)
@@ -69,7 +77,8 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
             raise ValueError(f"verify: {name} is a {type(parameter).__name__}; verify the model before it is sharded")
     device = causal.lm_head.weight.device if hasattr(causal.lm_head, "weight") else next(causal.parameters()).device
     batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    with _undisturbed(model), _both_ways(model) as (unfused, fused):
+    options = {"ops": ops, "strict": strict, "memory": memory}
+    with _undisturbed(model), _both_ways(model, options) as (unfused, fused):
         unfused()
         implementation = causal.config._attn_implementation
         if implementation not in ("sdpa", "eager"):
@@ -115,17 +124,20 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _both_ways(model: nn.Module) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
+def _both_ways(model: nn.Module, options: dict[str, Any]) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
     """Two functions that give the model its original forwards and its fused ones, with counters of their own."""
     before = engine._states(model)
     plain: dict[nn.Module, Any] = {module: (original_class(module), None) for module in before}
-    memory = Memory("fast")
+    patched = any(issubclass(cls, Fused) for cls, _ in before.values())
+    if patched and options != {"ops": None, "strict": False, "memory": "fast"}:
+        raise ValueError(f"verify: the model is patched, and keeps its own of {', '.join(options)}; unpatch it first")
     try:
-        if not any(issubclass(cls, Fused) for cls, _ in before.values()):
-            engine.patch(model)
+        if not patched:
+            engine.patch(model, **options)
+        states = {module: vars(module).get("_fastlora") for module in before}
+        memories = {state.memory: Memory(state.memory.wanted) for state in states.values() if state}
         fast = {
-            module: (type(module), State(module._fastlora.ops, memory) if isinstance(module, Fused) else None)
-            for module in before
+            m: (type(m), State(state.ops, memories[state.memory]) if state else None) for m, state in states.items()
         }
         yield partial(engine._restore, plain), partial(engine._restore, fast)
     finally:

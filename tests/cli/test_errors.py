@@ -84,6 +84,14 @@ def test_memory_policies_that_are_none(fails, no_model, rows_file, tmp_path):
     assert "--memory lean is fastlora's own; it does not go with --no-patch" in fails(*args, "lean", "--no-patch")
 
 
+def test_what_else_patch_takes(fails, no_model, rows_file, tmp_path):
+    for command in (["train", "--out", tmp_path / "out"], ["verify"]):
+        args = [*command, "--model", "m", "--data", rows_file]
+        assert "--ops has ['rmsnorm'], needs names among" in fails(*args, "--ops", "rmsnorm,swiglu")
+    args = ["train", "--out", tmp_path / "out", "--model", "m", "--data", rows_file, "--no-patch"]
+    assert "--strict is fastlora's own; it does not go with --no-patch" in fails(*args, "--strict")
+
+
 def test_completion_only_on_text(fails, no_model, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text('{"text": "t"}\n')

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 STEPS = 8
+OPS = "flash_attention,lora_linear,rms_norm,rope,swiglu"
 # Dropout, so that the random number generators matter; three steps an epoch, so that the order of the data does.
 FLAGS = ["--batch-size", 4, "--grad-accum", 2, "--max-steps", STEPS, "--save-steps", 2, "--dropout", 0.1, "--rank", 4]
 
@@ -96,7 +97,7 @@ def test_a_run_that_recomputes_has_the_curve_of_one_that_does_not_and_measures_i
     flags, fastlora_cli, whole_run, tmp_path
 ):
     out = tmp_path / "run"
-    done = fastlora_cli(*flags, "--out", out, "--memory", "lean", before=STAND_IN_FOR_NVML)
+    done = fastlora_cli(*flags, "--out", out, "--memory", "lean", "--strict", "--ops", OPS, before=STAND_IN_FOR_NVML)
     assert done.returncode == 0, done.stderr
     written = report(out)
     assert written["loss"] == report(whole_run[0])["loss"]

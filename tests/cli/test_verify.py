@@ -26,7 +26,9 @@ def verify(monkeypatch, capsys, model_dir, rows_file):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_sound_model(verify):
-    status, said = verify("--max-length", 64)
+    status, said = verify(
+        "--max-length", 64, "--strict", "--memory", "lean", "--ops", "lora_linear,rms_norm,rope,swiglu"
+    )
     assert status == 0, said
     assert "its B drawn at random" in said
     assert "base_model.model.model.layers" in said and "gradient of lora_A.default.weight" in said

@@ -1,6 +1,7 @@
 """patch, unpatch, patched: what they change, and that they change nothing else."""
 
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -165,6 +166,21 @@ def test_strict_names_module_and_reason():
     with pytest.raises(fastlora.NotFused, match=r"layers\.1\.self_attn\.v_proj: hooks on the Linear"):
         fastlora.patch(model, strict=True)
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("left_out", sorted(fastlora.patching.engine.OPS))
+def test_strict_asks_for_no_more_than_was_chosen(left_out):
+    """Without one op, with that op alone, and where that op has something in its way."""
+    others = fastlora.patching.engine.OPS - {left_out}
+    fastlora.patch(lora(llama()), ops=", ".join(others), strict=True)
+    fastlora.patch(lora(llama()), ops=left_out, strict=True)
+    model = with_a_hook()
+    with (
+        pytest.raises(fastlora.NotFused, match="v_proj: hooks on the Linear")
+        if left_out == "lora_linear"
+        else nullcontext()
+    ):
+        fastlora.patch(model, ops=left_out, strict=True)
 
 
 def test_strict_leaves_an_earlier_patch_as_it_was():

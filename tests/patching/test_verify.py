@@ -155,6 +155,32 @@ def test_several_adapters():
     assert any("second" in check.quantity for check in found.checks)
 
 
+@pytest.mark.parametrize("patched", [False, True])
+def test_takes_what_patch_takes(patched, monkeypatch):
+    """A patched model is verified as it is: with its own ops and its own policy of memory."""
+    options = {"ops": {"rms_norm", "swiglu", "lora_linear"}, "memory": "lean", "strict": True}
+    model = lora(llama())
+    if patched:
+        fastlora.patch(model, **options)
+    again = []
+    checkpoint = fast.memory.checkpoint
+    monkeypatch.setattr(
+        fast.memory, "checkpoint", lambda *args, **kwargs: again.append(1) or checkpoint(*args, **kwargs)
+    )
+    found = fastlora.verify(model, batch(), **({} if patched else options))
+    assert found.within, str(found)
+    assert len(again) >= 2, "a layer that is computed again in backward"
+    assert {row.runs for row in found.passed_through} >= {"transformers LlamaForCausalLM"}
+    if patched:
+        with pytest.raises(ValueError, match="the model is patched, and keeps its own of ops, strict, memory"):
+            fastlora.verify(model, batch(), memory="lean")
+
+
+def test_strict_says_what_is_not_fused():
+    with pytest.raises(fastlora.NotFused, match="gelu"):
+        fastlora.verify(lora(llama(hidden_act="gelu")), batch(), strict=True)
+
+
 @pytest.mark.parametrize(
     ("model", "inputs", "error", "message"),
     [

@@ -9,6 +9,7 @@ import re
 import runpy
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from fastlora.cli.chat import llama2_template
 from fastlora.run import main as fastlora_run
 
 from .curves import llama
+from .options import OPS
 
 ROOT = Path(__file__).parents[2]
 STEPS = 3
@@ -154,9 +156,10 @@ def test_run_under_torchrun(script, capfd):
     """What the model did is known after the script dropped it."""
     from torch.distributed.run import main
 
-    main(["--standalone", "--nproc_per_node", "1", "-m", "fastlora.run", script, "--flag", "value"])
+    options = ["--memory", "lean", "--strict"]
+    main(["--standalone", "--nproc_per_node", "1", "-m", "fastlora.run", *options, script, "--flag", "value"])
     plan, counters = tables(capfd.readouterr().err)
-    assert (fused(plan, "mlp.up_proj"), fused(counters, "mlp.up_proj")) == (0, 4)
+    assert (fused(plan, "mlp.up_proj"), fused(counters, "mlp.up_proj")) == (0, 8), "computed again in backward"
 
 
 def test_run_under_accelerate(script, capfd):
@@ -207,6 +210,51 @@ def test_run_sees_models_of_every_kind_and_their_copies(tmp_path, monkeypatch, c
     assert "LlamaForCausalLM" not in said
 
 
+HOOKED = """
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+config = LlamaConfig(vocab_size=11, hidden_size=64, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM"))
+{obstacle}
+model(input_ids=torch.arange(10).view(2, 5), labels=torch.arange(10).view(2, 5)).loss.backward()
+"""
+OBSTACLES = {
+    "a hook": "model.get_submodule('base_model.model.model.layers.0.mlp.up_proj').register_forward_hook(print)",
+    "a loss of another library": "model.base_model.model.forward = model.base_model.model.forward",
+}
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+@pytest.mark.parametrize("ops", [[], ["--ops", OPS]], ids=["all", "without the loss"])
+def test_run_strict(obstacle, ops, tmp_path, monkeypatch, capsys):
+    """The script ends at its first step, with the reason, unless what is not fused was not chosen."""
+    path = tmp_path / "hooked.py"
+    path.write_text(HOOKED.format(obstacle=OBSTACLES[obstacle]))
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    fails = obstacle == "a hook" or not ops
+    reason = "up_proj: hooks on the Linear" if obstacle == "a hook" else "forward was replaced on the instance"
+    with pytest.raises(fastlora.NotFused, match=reason) if fails else nullcontext():
+        fastlora_run([*ops, "--strict", str(path)])
+    _, counters = tables(capsys.readouterr().err)
+    assert fused(counters, "mlp.gate_proj") == (not fails)
+    fastlora_run([*ops, str(path)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [(["--ops", "rmsnorm"], "ops has"), (["--memory", "quick"], "memory is 'quick'")]
+)
+def test_run_takes_what_patch_takes(options, message, tmp_path, monkeypatch):
+    path = tmp_path / "hooked.py"
+    path.write_text(HOOKED.format(obstacle=""))
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(ValueError, match=message):
+        fastlora_run([*options, str(path)])
+
+
 def test_run_says_that_nothing_was_built(tmp_path, monkeypatch, capsys):
     """And the script's own error stays its own."""
     path = tmp_path / "empty.py"
@@ -219,7 +267,19 @@ def test_run_says_that_nothing_was_built(tmp_path, monkeypatch, capsys):
     assert "built no Llama model" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [[], ["-m"], ["no_such_script.py"]], ids=str)
-def test_run_wants_a_script(argv):
-    with pytest.raises(SystemExit, match="usage"):
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "a script or -m and a module is needed"),
+        (["-m"], "a script or -m and a module is needed"),
+        (["--strict"], "a script or -m and a module is needed"),
+        (["no_such_script.py"], "no_such_script.py: no such file"),
+        (["--memry", "lean", "script.py"], "unrecognized arguments: --memry"),
+    ],
+    ids=str,
+)
+def test_run_wants_a_script(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
         fastlora_run(argv)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "usage: python -m fastlora.run" in said and message in said

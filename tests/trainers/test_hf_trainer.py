@@ -14,6 +14,7 @@ import fastlora
 from fastlora.integrations import FastLoraCallback
 
 from .curves import PLACES, STEPS, judge, llama, lora, train
+from .options import OPTIONS, assert_taken
 
 VOCAB = 300
 
@@ -187,6 +188,16 @@ def test_callback(when, tmp_path, capsys):
     assert (run.model is model) == (when != "model_init")
     assert_fused(run.model, calls=STEPS)
     assert "fastlora: 28 of 28 modules are fused" in capsys.readouterr().out
+
+
+def test_callback_takes_what_patch_takes(tmp_path):
+    model = lora(llama(0))
+    trainer(model, tmp_path, callbacks=[FastLoraCallback(**OPTIONS)])
+    assert_taken(model)
+    with pytest.raises(ValueError, match="ops has"):
+        FastLoraCallback(ops=["rmsnorm"])
+    with pytest.raises(ValueError, match="memory is 'quick'"):
+        trainer(model, tmp_path, callbacks=[FastLoraCallback(memory="quick")])
 
 
 def test_callback_is_strict(tmp_path):

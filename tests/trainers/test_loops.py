@@ -12,6 +12,7 @@ import fastlora
 from fastlora.modules._fused import Fused
 
 from .curves import STEPS, judge, llama, lora
+from .options import OPTIONS, assert_taken
 
 
 def loop(*, autocast: torch.dtype | None = None, scaler: bool = False, compiled: bool = False):
@@ -75,7 +76,7 @@ def test_the_budget_notices(monkeypatch):
         judge(loop(), runs=1, places=("adapters",))
 
 
-def lightning_case(callback: bool = False, **options):
+def lightning_case(callback: dict | None = None, **options):
     import lightning.pytorch as pl
 
     from fastlora.integrations import LightningCallback
@@ -98,7 +99,7 @@ def lightning_case(callback: bool = False, **options):
         module = Module(model)
         trainer = pl.Trainer(
             accelerator="cpu", max_steps=STEPS, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, callbacks=[LightningCallback(strict=True)] if callback else None, **own,
+            enable_model_summary=False, callbacks=None if callback is None else [LightningCallback(**callback)], **own,
         )  # fmt: skip
         made(model)
         data = torch.utils.data.DataLoader([batch(i % 2, rows=4) for i in range(STEPS)], batch_size=None)
@@ -119,8 +120,10 @@ def test_lightning(precision, record_property):
 @pytest.mark.filterwarnings("ignore")
 def test_lightning_callback(capsys):
     model = lora(llama(0))
-    lightning_case(callback=True)(model, exact=False, made=lambda model: model)
+    lightning_case({"strict": True})(model, exact=False, made=lambda model: model)
     assert_fused(model, calls=STEPS)
     assert "fastlora: 28 of 28 modules are fused" in capsys.readouterr().out
     with pytest.raises(fastlora.NotFused, match="gelu"):
-        lightning_case(callback=True)(lora(llama(0, hidden_act="gelu")), exact=False, made=lambda model: model)
+        lightning_case({"strict": True})(lora(llama(0, hidden_act="gelu")), exact=False, made=lambda model: model)
+    lightning_case(OPTIONS)(model, exact=False, made=lambda model: model)
+    assert_taken(model)

@@ -12,7 +12,9 @@ class _Dora(torch.autograd.Function):
         ctx.save_for_backward(y, g)
         ctx.bias_dtype = None if bias is None else bias.dtype
         scaled = y * g if bias is None else torch.addcmul(bias.to(g.dtype), y, g)
-        return scaled.to(y.dtype)
+        # A second name for the result, as .to() of its own dtype gives, costs it its gradient in torch 2.11's compile:
+        # pytorch/pytorch#180642.
+        return scaled if scaled.dtype == y.dtype else scaled.to(y.dtype)
 
     @staticmethod
     @once_differentiable

@@ -43,7 +43,9 @@ def extension_arguments():
                 say(f"the compiler failed ({error})")
                 self.extensions = []
 
-    sanitize = ["-fsanitize=address,undefined"] if os.environ.get("FASTLORA_SANITIZE") == "1" else []
+    sanitize = []
+    if os.environ.get("FASTLORA_SANITIZE") == "1":
+        sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     csrc = CppExtension(
         "fastlora._C",
         sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp")),

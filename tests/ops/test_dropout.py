@@ -11,6 +11,7 @@ import torch
 from masks import unpack
 from ops.witness import FLOATS
 
+from fastlora.kernels import dropout  # noqa: F401  registers the operators
 from fastlora.kernels._library import INTERPRET
 
 M, K = (64, 256) if INTERPRET else (512, 1024)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-HOW_TO_BUILD = "pip install --no-build-isolation --no-deps -e ."
+HOW_TO_BUILD = "pip install --no-build-isolation --no-deps --force-reinstall ."
 WANTED = os.environ.get("FASTLORA_BUILD_CSRC", "")
 ROOT = Path(__file__).resolve().parent
 

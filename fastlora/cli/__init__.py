@@ -12,7 +12,9 @@ TRAIN_EXTRA = ("typer", "rich", "trl", "datasets", "matplotlib")
 
 def main() -> None:
     """Run the command line. An error is one line on stderr and exit status 1."""
-    if missing := [name for name in TRAIN_EXTRA if find_spec(name) is None]:
+    # What ails a lean installation, too, is asked of the doctor.
+    needed = TRAIN_EXTRA[:2] if sys.argv[1:] == ["doctor"] else TRAIN_EXTRA
+    if missing := [name for name in needed if find_spec(name) is None]:
         sys.exit(f'fastlora: not installed: {", ".join(missing)}. Install them with: pip install "fastlora[train]"')
     # A bar over a thousand tokenized rows that lives for a tenth of a second is noise in a log file.
     if not sys.stderr.isatty():

@@ -45,8 +45,8 @@ def _show(console: Console, finding: Finding) -> None:
     mark, colour = ("✓", "green") if finding.remedy is None else ("✗", "red")
     lines = textwrap.wrap(finding.found, _WIDTH - 23, break_on_hyphens=False) or [""]
     console.print(f"  [{colour}]{mark}[/{colour}] {finding.name:18s} {escape(lines[0])}", markup=True)
-    more = [*lines[1:], *(textwrap.wrap(f"→ {finding.remedy}", _WIDTH - 23) if finding.remedy else [])]
-    for line in more:
+    # A remedy may be a command to be copied: in one line.
+    for line in [*lines[1:], *([f"→ {finding.remedy}"] if finding.remedy else [])]:
         console.print(f"{'':23s}{line}")
 
 
@@ -111,9 +111,9 @@ def _cache_state() -> Finding:
 
 
 def _kernels() -> Iterator[Finding]:
-    state = _library.csrc_state
-    wanted = state == "loaded" or torch.cuda.is_available() or state.startswith("not loaded: ")
-    yield Finding("csrc", state, None if wanted else f"without it the CPU path is slow: {_library.BUILD_COMMAND}")
+    state, _, command = _library.csrc_state.partition("; to build it: ")
+    missed = command and not torch.cuda.is_available()
+    yield Finding("csrc", state, f"without it the CPU path is slow: {command}" if missed else None)
     by: dict[str, list[str]] = {}
     for name in _library.implementations:
         by.setdefault(_library.runs_on_cpu(name), []).append(name)

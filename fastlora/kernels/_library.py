@@ -8,21 +8,42 @@ code is tested without a GPU. ``FASTLORA_CSRC=0`` leaves the extension unloaded.
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
+import shlex
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 
 from ._tiles import LaunchFailed, NothingLeft, give_up
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-BUILD_COMMAND = "pip install --no-build-isolation --no-cache-dir --no-deps --force-reinstall fastlora"
 
 _EXTENSION = Path(__file__).resolve().parents[1] / "_C.abi3.so"
 _library = torch.library.Library("fastlora", "DEF")
+
+
+def build_command() -> str:
+    """The command that builds csrc where this fastlora came from: its clone, or the folder that pip installed it from.
+
+    Never by name: a package index may know another project under ours.
+    """
+    how, clone = "pip install --no-build-isolation --no-deps --force-reinstall", _EXTENSION.parents[1]
+    if (clone / "csrc").is_dir():
+        return f"{how} -e {shlex.quote(str(clone))}"
+    try:
+        came = json.loads(distribution("fastlora").read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:
+        came = {}
+    if "dir_info" not in came:
+        return f"{how} . (in a clone of fastlora)"
+    return f"{how} {shlex.quote(url2pathname(urlsplit(came['url']).path))}"
 
 
 def _load_extension() -> str:
@@ -32,13 +53,13 @@ def _load_extension() -> str:
     if os.environ.get("FASTLORA_CSRC") == "0":
         return "not loaded: FASTLORA_CSRC=0"
     if not _EXTENSION.exists():
-        reason = f"not built; to build it: {BUILD_COMMAND}"
+        reason = f"not built; to build it: {build_command()}"
     else:
         try:
             torch.ops.load_library(str(_EXTENSION))
             return "loaded"
         except OSError as error:
-            reason = f"does not load ({error}); to build it: {BUILD_COMMAND}"
+            reason = f"does not load ({error}); to build it: {build_command()}"
     if not torch.cuda.is_available():
         logging.getLogger("fastlora").warning("C++ kernels: %s. ATen compositions serve instead.", reason)
     return reason

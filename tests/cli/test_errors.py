@@ -43,6 +43,16 @@ def test_a_missing_extra_is_named(monkeypatch, fails):
     assert fails("--help") == 'fastlora: not installed: typer, trl. Install them with: pip install "fastlora[train]"'
 
 
+def test_the_doctor_needs_no_trainer(monkeypatch, capsys):
+    missing = dict.fromkeys(("trl", "datasets", "matplotlib"))
+    monkeypatch.setattr(cli, "find_spec", lambda name: missing.get(name, name))
+    monkeypatch.setattr(sys, "argv", ["fastlora", "doctor"])
+    monkeypatch.setattr("fastlora.cli.doctor.doctor", lambda console: True)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+
+
 def test_a_malformed_row(fails, no_model, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text('{"text": "t"}\n{"text": 1}\n')

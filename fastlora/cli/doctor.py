@@ -111,7 +111,7 @@ def _cache_state() -> Finding:
 
 
 def _kernels() -> Iterator[Finding]:
-    state, _, command = _library.csrc_state.partition("; to build it: ")
+    state, _, command = _library.csrc_state.partition("; to build them: ")
     missed = command and not torch.cuda.is_available()
     yield Finding("csrc", state, f"without it the CPU path is slow: {command}" if missed else None)
     by: dict[str, list[str]] = {}

@@ -53,15 +53,15 @@ def _load_extension() -> str:
     if os.environ.get("FASTLORA_CSRC") == "0":
         return "not loaded: FASTLORA_CSRC=0"
     if not _EXTENSION.exists():
-        reason = f"not built; to build it: {build_command()}"
+        reason = f"not built; to build them: {build_command()}"
     else:
         try:
             torch.ops.load_library(str(_EXTENSION))
             return "loaded"
         except OSError as error:
-            reason = f"does not load ({error}); to build it: {build_command()}"
+            reason = f"not loadable ({error}); to build them: {build_command()}"
     if not torch.cuda.is_available():
-        logging.getLogger("fastlora").warning("C++ kernels: %s. ATen compositions serve instead.", reason)
+        logging.getLogger("fastlora").warning("ATen compositions serve on the CPU, C++ kernels are %s", reason)
     return reason
 
 

@@ -232,7 +232,7 @@ def _backend(model: nn.Module) -> str:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if device.type == "cuda":
         return "\n".join([f"Kernels: Triton on {torch.cuda.get_device_name(device)}.", *_choices(model, device)])
-    return f"Kernels: CPU; C++ extension {_library.csrc_state}."
+    return f"Kernels: CPU; C++ kernels {_library.csrc_state}"
 
 
 def _choices(model: nn.Module, device: torch.device) -> list[str]:

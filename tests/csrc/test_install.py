@@ -19,7 +19,16 @@ COMMAND = "pip install --no-build-isolation --no-deps --force-reinstall"
 def setup(where: Path, **environment) -> subprocess.CompletedProcess[str]:
     """``setup.py build`` with no program on the PATH, a compiler or ninja least of all."""
     kept = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "FASTLORA_BUILD_CSRC")}
-    arguments = ("build", "--build-base", where / "build", "--build-lib", where / "lib")
+    arguments = (
+        "egg_info",
+        "--egg-base",
+        where,
+        "build",
+        "--build-base",
+        where / "build",
+        "--build-lib",
+        where / "lib",
+    )
     return subprocess.run(
         [sys.executable, ROOT / "setup.py", "-q", *arguments],
         env={**kept, "PATH": str(where), **environment}, cwd=ROOT, capture_output=True, text=True, timeout=120,
@@ -80,9 +89,9 @@ def test_the_command_names_where_fastlora_came_from(record, source, monkeypatch,
     monkeypatch.setattr(_library, "INTERPRET", False)
     monkeypatch.delenv("FASTLORA_CSRC", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert _library._load_extension() == f"not built; to build it: {COMMAND} {source}"
+    assert _library._load_extension() == f"not built; to build them: {COMMAND} {source}"
     (line,) = caplog.messages
-    assert line == f"C++ kernels: not built; to build it: {COMMAND} {source}. ATen compositions serve instead."
+    assert line == f"ATen compositions serve on the CPU, C++ kernels are not built; to build them: {COMMAND} {source}"
 
 
 def test_the_command_in_a_clone(monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """What has no fused form goes its own way, with the same results, and explain says why."""
 
+import re
 from functools import partial
 
 import pytest
@@ -218,6 +219,10 @@ def test_what_cannot_be_fused_is_as_it_was(name):
     before = traces(model)
     with pytest.raises(fastlora.NotFused, match=reason):
         fastlora.patch(model, strict=True)
+    assert_untouched(model, before)
+    fastlora.patch(model)
+    assert any(re.search(reason, f"{r.path}: {r.why}") for r in fastlora.explain(model).unfused)
+    fastlora.unpatch(model)
     assert_untouched(model, before)
     judge(build, whole=False, seeds=2)
 

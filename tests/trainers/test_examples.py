@@ -85,7 +85,15 @@ def test_example(name, rows, chat_dir, tmp_path, monkeypatch, capsys):
     assert "fastlora" not in (out / "adapter_config.json").read_text()
 
 
-def test_run_on_trls_own_script(rows, chat_dir, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    ("base", "runs"),
+    [
+        (["--bf16", "False"], "fastlora lora, r=16"),
+        (["--bf16", "True", "--load_in_4bit"], "fastlora lora over a 4-bit weight, r=16"),
+    ],
+    ids=["dense", "4 bits"],
+)
+def test_run_on_trls_own_script(base, runs, rows, chat_dir, tmp_path, monkeypatch, capfd):
     """Nothing of it is edited: TRL builds the model from its name. The plan first, then counters that say what ran."""
     before = dict(vars(LlamaPreTrainedModel))
     out = tmp_path / "adapter"
@@ -94,11 +102,12 @@ def test_run_on_trls_own_script(rows, chat_dir, tmp_path, monkeypatch, capfd):
     fastlora_run([
         "-m", "trl.scripts.sft", "--model_name_or_path", str(chat_dir), "--dataset_name", str(data), "--output_dir", str(out),
         "--use_peft", "--lora_target_modules", "all-linear", "--max_steps", str(STEPS), "--packing", "--max_length", "64",
-        "--use_cpu", "--bf16", "False", "--report_to", "none", "--per_device_train_batch_size", "2",
+        "--use_cpu", "--report_to", "none", "--per_device_train_batch_size", "2",
+        *base,
     ])  # fmt: skip
     assert dict(vars(LlamaPreTrainedModel)) == before
     plan, counters = tables(capfd.readouterr().err)
-    assert "fastlora lora, r=16" in plan and "fastlora lora, r=16" in counters
+    assert runs in plan and runs in counters
     assert fused(plan, "mlp.up_proj") == 0
     for path in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.attention"):
         assert fused(counters, path) >= 2 * STEPS, path

@@ -152,7 +152,7 @@ def answer(call: Call) -> Choice:
     variable = _VARIABLES.get(call.kernel)
     method = _checked(call.kernel, os.environ.get(variable) if variable else None)
     for choice in candidates(call, method, _measured(call)):
-        if (_row_name(call), call.device, choice.method, choice.tile) not in _broken:
+        if (row_name(call), call.device, choice.method, choice.tile) not in _broken:
             return choice
     return Choice(call, ATEN, shipped(call)[0].tile, "no tile runs here")
 
@@ -199,7 +199,7 @@ def candidates(call: Call, method: str | None = None, measured: Choice | None = 
 
 def shipped(call: Call) -> list[Row]:
     """The row of a call's architecture and size, and after it the default's, which is another."""
-    by_arch = _by_kernel[_row_name(call)]
+    by_arch = _by_kernel[row_name(call)]
     rows = [_fit(by_arch[a], call) for a in (arch(call.device), 0) if a in by_arch]
     return rows[:1] + [row for row in rows[1:] if (row.method, row.tile) != (rows[0].method, rows[0].tile)]
 
@@ -209,7 +209,7 @@ def _fit(rows: list[Row], call: Call) -> Row:
     return next(row for row in rows if call.m <= row.m and call.n <= row.n and call.r <= row.r)
 
 
-def _row_name(call: Call) -> str:
+def row_name(call: Call) -> str:
     fp32 = f"{call.kernel}_fp32"
     return fp32 if call.dtype == torch.float32 and fp32 in _by_kernel else call.kernel
 
@@ -229,7 +229,7 @@ def give_up(failure: LaunchFailed) -> None:
     if choice.source == _FORCED:
         raise failure
     call = choice.call
-    _broken.add((_row_name(call), call.device, choice.method, choice.tile))
+    _broken.add((row_name(call), call.device, choice.method, choice.tile))
     _choose.cache_clear()
     other = answer(call)
     words = f"{other} ({other.source}) serves instead, for the rest of this process."

@@ -11,13 +11,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..kernels._tiles import Choice, assumed_arch
+from ..kernels._rows import Tile
+from ..kernels._tiles import Choice, assumed_arch, row_name
 from ..kernels._tl import options, triton
 
 # Bytes of shared memory that one program may have, by architecture: A100; A10 and RTX 30; L4 and RTX 40; H100; B200.
@@ -45,9 +46,12 @@ class _Driver:
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel as launched: its compile-time arguments in words, and what it takes of a multiprocessor."""
+    """One kernel as launched: its row and tile, its compile-time arguments in words, and what it takes of a
+    multiprocessor."""
 
     kernel: str
+    row: str
+    tile: Tile
     arch: int
     options: str
     registers: int
@@ -83,22 +87,26 @@ def _words(meta: dict[str, Any]) -> str:
 
 
 @contextmanager
-def compiling(arch: int, only: str = "") -> Iterator[dict[str, Compiled]]:
-    """Within it launchers compile for sm_<arch> in place of running; what they compiled is filled in, by its hash.
+def compiling(arch: int, skip: Callable[[str, Tile], bool] | None = None) -> Iterator[dict[str, Compiled]]:
+    """Within it launchers compile for sm_<arch> in place of running; what they compiled is filled in.
 
-    only: of the kernels with tiles, no other is compiled.
+    skip: says of which rows and tiles nothing is compiled; "" is the row of kernels without tiles.
     """
     results: dict[str, Compiled] = {}
 
     def launch(kernel: Any, grid: tuple[int, ...], *args: Any, choice: Choice | None = None, **meta: Any) -> None:
-        if 0 in grid or (only and choice is not None and choice.call.kernel != only):
+        if 0 in grid:
+            return
+        row, tile = (row_name(choice.call), choice.tile) if choice else ("", Tile())
+        if skip is not None and skip(row, tile):
             return
         meta = options(choice, meta)
         result = kernel.warmup(*args, grid=grid, **meta)
-        if result.hash not in results:
+        key = f"{row} {result.hash}"
+        if key not in results:
             cubin, shared = result.asm["cubin"], result.metadata.shared
-            resources = _registers_and_spills(cubin)
-            results[result.hash] = Compiled(kernel.fn.__name__, arch, _words(meta), *resources, shared, cubin)
+            taken = *_registers_and_spills(cubin), shared
+            results[key] = Compiled(kernel.fn.__name__, row, tile, arch, _words(meta), *taken, cubin)
 
     loaded: list[Any] = [m for path, m in sys.modules.items() if path.startswith("fastlora.kernels.")]
     modules = [module for module in loaded if hasattr(module, "launch")]

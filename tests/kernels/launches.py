@@ -167,11 +167,11 @@ for dtype, masters, r, dropped in ADAPTERS:
     LAUNCHES[words] = lora, [(dtype, masters, r, dropped)]
 
 
-def resources(arch: int, name: str) -> list[Compiled]:
+def resources(arch: int, name: str, skip=None) -> list[Compiled]:
     """What LAUNCHES[name] compiles to, for all models; in a process of its own."""
     os.environ["FASTLORA_GEMM"] = "triton"
     function, arguments = LAUNCHES[name]
-    with compiling(arch) as compiled:
+    with compiling(arch, skip) as compiled:
         for model in MODELS:
             for one in arguments:
                 function(model, *one)

@@ -25,12 +25,22 @@ from fastlora.tuning.aot import SHARED_LIMIT, cuobjdump
 ARCHS = (80, 90)
 
 
+# What launches the tiles that sm_86 and sm_89 do not share with sm_80.
+SMALLER = ("bfloat16, float32 adapters of rank 128", "attention, other heads", "attention, fp32")
+
+
 @pytest.fixture(scope="module")
 def compilations():
     """All of them at once, on all processors; LAUNCHES that no test asks for are not waited for."""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield {key: pool.submit(resources, *key) for key in itertools.product(ARCHS, LAUNCHES)}
+        found = {key: pool.submit(resources, *key) for key in itertools.product(ARCHS, LAUNCHES)}
+        found |= {(86, name): pool.submit(resources, 86, name, is_of_sm_80) for name in SMALLER}
+        yield found
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def is_of_sm_80(row, tile):
+    return not row or tile in {one.tile for one in screen.shipped_rows(80, [row]) if one.m == ANY}
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
@@ -49,7 +59,7 @@ def test_every_row_is_among_them(monkeypatch):
 
     def launch(*_, choice=None, **meta):
         if choice is not None:
-            seen.add((_tiles._row_name(choice.call), choice.tile))
+            seen.add((_tiles.row_name(choice.call), choice.tile))
 
     for name, module in list(sys.modules.items()):
         if name.startswith("fastlora.kernels.") and hasattr(module, "launch"):
@@ -60,6 +70,21 @@ def test_every_row_is_among_them(monkeypatch):
             function(model, *one)
     kernels = set(screen.kernels()) - {"lora_gemm_rotary_fp32"}  # its tile holds no head of 128: lora_gemm's serves
     assert {(row.kernel, row.tile) for row in screen.shipped_rows(80, kernels) if row.m == ANY} <= seen
+
+
+def test_every_row_fits_sm_86_and_sm_89(compilations):
+    """They have one set of rows, and the same limits. A tile that sm_80 has too takes what it takes there."""
+    kernels = set(screen.kernels()) - {"lora_gemm_rotary_fp32"}
+    rows = {(row.kernel, row.tile) for row in screen.shipped_rows(86, kernels) if not is_of_sm_80(row.kernel, row.tile)}
+    assert screen.shipped_rows(86, kernels) == screen.shipped_rows(89, kernels) and len(rows) > 4
+    own = [one for name in SMALLER for one in compilations[86, name].result()]
+    shared = [one for name in LAUNCHES for one in compilations[80, name].result()]
+    shared = [one for one in shared if one.tile in {row.tile for row in screen.shipped_rows(86, [one.row])}]
+    assert {(row.kernel, row.tile) for row in screen.shipped_rows(86, kernels)} <= {
+        (c.row, c.tile) for c in own + shared
+    }
+    over = [str(one) for one in own + shared if one.spilled or one.shared > SHARED_LIMIT[86]]
+    assert not over, "\n".join(["over the limits:", *over])
 
 
 # The multiplier of Philox.

@@ -47,7 +47,7 @@ def _show(console: Console, finding: Finding) -> None:
     console.print(f"  [{colour}]{mark}[/{colour}] {finding.name:18s} {escape(lines[0])}", markup=True)
     # A remedy may be a command to be copied: in one line.
     for line in [*lines[1:], *([f"→ {finding.remedy}"] if finding.remedy else [])]:
-        console.print(f"{'':23s}{line}")
+        console.print(f"{'':23s}{line}", soft_wrap=True)
 
 
 _LEAST = {"torch": (2, 11), "triton": (3, 6), "transformers": (4, 57), "peft": (0, 18)}

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from ops.witness import check
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 
 from fastlora import ops
 from fastlora.kernels._library import INTERPRET
@@ -126,6 +128,10 @@ def test_dynamic_shapes(make):
 @pytest.mark.skipif(INTERPRET, reason="inductor compiles what is around the operators, not the operators")
 def test_inductor():
     """The default backend, on the op of most parts."""
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:  # an installation of ours without one is meant to work
+        pytest.skip(str(error))
 
     def make():
         shapes = {"x": (2, 3, K), "weight": (N, K), "lora_a": (R, K), "lora_b": (N, R), "bias": (N,)}

@@ -174,6 +174,7 @@ ROWS = (
     Row("flash_attention_dkdv_d64_fp32", 80, Tile(m=32, n=32, warps=8, stages=1)),
     Row("flash_attention_dkdv_d64_fp32", 0, Tile(m=32, n=16, warps=8, stages=1)),
     Row("flash_attention_dkdv_d128", 90, Tile(m=16, n=128, warps=8, stages=3)),
+    Row("flash_attention_dkdv_d128", 100, Tile(m=32, n=64, warps=8)),
     Row("flash_attention_dkdv_d128", 0, Tile(m=64, n=64, warps=8)),
     Row("flash_attention_dkdv_d128_fp32", 90, Tile(m=16, n=16, warps=8, stages=1)),
     Row("flash_attention_dkdv_d128_fp32", 0, Tile(m=16, n=64, warps=8, stages=1)),

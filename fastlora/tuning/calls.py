@@ -361,14 +361,15 @@ def of_kernel(
 
 
 def probes(kernel: str) -> Iterator[Call]:
-    """Calls whose code is what Llama 2 asks of a kernel at its hardest: rank 128, as many projections as there are,
-    one with a residual; two, and in fp16; query heads in groups."""
+    """Calls whose code is what Llama 2 asks of a kernel at its hardest: ranks 128 and 16, as many projections as there
+    are, one with a residual; two, and in fp16; query heads in groups."""
     meta, name = torch.device("meta"), kernel.removesuffix("_fp32")
     dtype = torch.float32 if kernel.endswith("_fp32") else torch.bfloat16
 
-    every = of_kernel(name, MODELS["70b" if name in attention.KERNELS else "7b"], 4096, 128, dtype, meta)
-    most = max(call.p for call in every)
-    yield next(call for call in every if call.p == (1 if name == "lora_gemm" else most))
-    if dtype != torch.float32 and every[0].r:
-        two = 2 if any(call.p == 2 for call in every) else most
-        yield next(call for call in every if call.p == two)._replace(dtype=torch.float16)
+    model = MODELS["70b" if name in attention.KERNELS else "7b"]
+    high, low = ({c.p: c for c in of_kernel(name, model, 4096, rank, dtype, meta)} for rank in (128, 16))
+    most = max(high)
+    yield high[1 if name == "lora_gemm" else most]
+    yield low[most]
+    if dtype != torch.float32 and high[most].r:
+        yield high.get(2, high[most])._replace(dtype=torch.float16)

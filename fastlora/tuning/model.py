@@ -106,7 +106,8 @@ def _work(call: Call, tile: Tile) -> _Work:
 
 def _attention_work(call: Call, tile: Tile) -> _Work:
     """Causal: of the other side a program sees half, and half of the tiles on the diagonal in vain. Its warps share
-    the rows of the output, each of them reads all of the other side."""
+    the rows of the output in lots of 16, each lot reads all of the other side. Beside the tensor cores 64 lanes do a
+    dozen operations for a score, and the forward scales its output anew for every tile."""
     T, D, heads, group = call.m, call.k, call.n // call.k, call.p
     T_kv = max(T, attention.DECODE_KEYS) if "decode" in call.kernel else T
     of_keys = "dkdv" in call.kernel
@@ -115,10 +116,12 @@ def _attention_work(call: Call, tile: Tile) -> _Work:
     programs = math.ceil(T / rows) * heads // (group if of_keys else 1)
     # Products of the rows with the other side, and tensors of the rows read or written.
     products, tensors = {"dq": (3, 4), "dkdv": (4, 4)}.get(call.kernel.split("_")[2], (2, 2))
+    lanes = rows * depth * (12 + (D / other if products == 2 else 0)) / 64
+    flops = 2.0 * products * rows * D * depth + lanes * FLOPS / SMS / CLOCK
     l2 = 2.0 * programs * D * (tensors * rows + 2 * depth)
     dram = 2.0 * D * heads * ((tensors if not of_keys else 2) * T + (tensors if of_keys else 2) * T_kv / group)
-    shared = 2.0 * tile.warps * products * D * depth
-    return _Work(programs, 2.0 * products * rows * D * depth, shared, l2, dram)
+    shared = 2.0 * min(tile.warps, math.ceil(rows / 16)) * products * D * depth
+    return _Work(programs, flops, shared, l2, dram)
 
 
 def _up(size: float, block: int) -> int:

@@ -96,7 +96,7 @@ def compile_one(kernel: str, tile: Tile, arch: int, probes: Iterable[Call] | Non
                 shared = max(shared, found.shared)
             if spilled:
                 break
-    return Screened(kernel, tile, registers, spilled, shared)
+    return Screened(kernel, tile, registers, spilled, shared, "" if compiled else "nothing was launched in this tile")
 
 
 def _compile(job: tuple[str, Tile, int]) -> Screened:

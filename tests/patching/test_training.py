@@ -148,13 +148,13 @@ def test_compile():
 
 def test_two_models_that_train_in_two_threads_at_once():
     """Each gives what it gives alone: one in bf16, one in fp32, in steps long enough that csrc splits its work in two."""
-    sizes = {"hidden_size": 96, "intermediate_size": 160, "max_position_embeddings": 128}
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 128}
 
     def train(model, started):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
         found = []
         started.wait(60)
-        for i in range(6):
+        for i in range(8):
             found.append(model(**batch(i, rows=4, tokens=128)).loss)
             found[-1].backward()
             optimizer.step()

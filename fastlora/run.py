@@ -189,6 +189,7 @@ def main(argv: list[str]) -> None:
     given = _parse(argv)
     command: list[str] = (given.module or []) + given.script
     target, *arguments = command
+    built = False
     sys.argv = [target, *arguments]
     try:
         with patching_what_is_built(ops=given.ops, strict=given.strict, memory=given.memory):
@@ -198,12 +199,15 @@ def main(argv: list[str]) -> None:
                 if not getattr(sys.flags, "safe_path", False):
                     sys.path[0] = os.path.dirname(os.path.realpath(target))
                 runpy.run_path(target, run_name="__main__")
+        built = bool(_all)
     finally:
         for watch in _all:
             _say(watch.report())
         if not _all:
             _say("fastlora: the script built no Llama model: nothing was fused")
         _all.clear()
+    if given.strict and not built:
+        raise SystemExit("fastlora: --strict, and the script built no Llama model")
 
 
 if __name__ == "__main__":

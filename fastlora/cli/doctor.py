@@ -143,6 +143,8 @@ def _parity() -> Iterator[Finding]:
             yield Finding(name, f"{type(raised).__name__}: {first_line(raised)}", _REPORT)
             continue
         yield Finding(name, f"{error:.1e}", None if error <= allowed else f"more than {allowed:.1e}. {_REPORT}")
+    for words in _tiles.given_up():
+        yield Finding("does not run here", words, f"the library's own way serves instead. {_REPORT}")
 
 
 _REPORT = "report it, with the output of this command, where you got fastlora from"

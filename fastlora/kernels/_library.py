@@ -103,7 +103,14 @@ def _with_fallback(launcher: Callable[..., Any], aten: Callable[..., Any]) -> Ca
     return run
 
 
-def register(schema: str, *, triton: Callable[..., Any], aten: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def register(
+    schema: str,
+    *,
+    triton: Callable[..., Any],
+    aten: Callable[..., Any],
+    fake: Callable[..., Any],
+    cuda_graphs: bool = True,
+) -> None:
     """Define ``fastlora::<schema>`` with its Triton launcher, its ATen composition and its shape function.
 
     Args:
@@ -111,11 +118,13 @@ def register(schema: str, *, triton: Callable[..., Any], aten: Callable[..., Any
         triton: launcher for the CUDA key (and the CPU key under the Triton interpreter).
         aten: composition for the CPU key where csrc has no kernel of that name.
         fake: returns empty outputs of the right shapes, dtypes and strides, for tracing.
+        cuda_graphs: whether a CUDA graph may hold it: False where it waits for the device or draws on the host.
     """
+    tags = [torch.Tag.needs_fixed_stride_order, *([] if cuda_graphs else [torch.Tag.cudagraph_unsafe])]
     name = schema.partition("(")[0]
     implementations[name] = triton, aten
     triton, aten = _outside_autocast(_with_fallback(triton, aten)), _outside_autocast(aten)
-    _library.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    _library.define(schema, tags=tags)
     _library.impl(name, triton, "CUDA")
     if INTERPRET:
         _library.impl(name, triton, "CPU")

@@ -236,6 +236,11 @@ def give_up(failure: LaunchFailed) -> None:
     logging.getLogger("fastlora").warning("%s\n%s", failure, words)
 
 
+def given_up() -> list[str]:
+    """In words, every tile of this process that did not compile or launch."""
+    return sorted(f"{kernel} {method} {tile} on {device}" for kernel, device, method, tile in _broken)
+
+
 @contextmanager
 def forced(kernel: str, method: str, tile: Tile) -> Iterator[None]:
     """Within it ``choose`` answers with this for a kernel: to compile or time a candidate."""

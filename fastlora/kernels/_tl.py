@@ -66,6 +66,12 @@ def _is_the_tiles_fault(error: Exception) -> bool:
     return not any(words in str(error) for words in _NOT_THE_TILE)
 
 
+def require_no_capture(what: str) -> None:
+    """Raise RuntimeError while a CUDA graph is captured: a replay would draw the same seed again."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{what}: its seed is drawn on the host, and every replay of a CUDA graph would repeat it")
+
+
 def cdiv(a: int, b: int) -> int:
     """⌈a / b⌉."""
     return -(-a // b)
@@ -78,7 +84,7 @@ def next_power_of_2(n: int) -> int:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """What tl.dot does with fp32 operands: the user's own ``torch.backends.cuda.matmul`` setting."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 @triton.jit

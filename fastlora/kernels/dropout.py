@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 
 from ._library import register
-from ._tl import cdiv, launch, tl, triton
-
-_BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+from ._tl import cdiv, launch, require_no_capture, tl, triton
 
 
 @triton.jit
@@ -44,6 +42,7 @@ def dropout_mask(like: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tens
     mask = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=like.device)
     threshold = min(round(p * 2**32), 2**32 - 1)
     n = mask.numel()
+    require_no_capture("dropout")
     launch(_dropout_mask_kernel, (cdiv(n, 1024),), mask, int(seed), n, threshold, BLOCK=1024, num_warps=4)
     return mask
 
@@ -59,6 +58,11 @@ def _mix(z):
     return z ^ ((z >> 31) & ((1 << 33) - 1))
 
 
+def _bits(device: torch.device) -> torch.Tensor:
+    """1, 2, 4 … 128, made on the device: a copy from the host would wait."""
+    return 1 << torch.arange(8, dtype=torch.uint8, device=device)
+
+
 def _mask_aten(like, seed, p):
     M, K8 = like.shape[0], cdiv(like.shape[1], 8)
     pairs = torch.arange(M * K8 * 4, device=like.device)
@@ -66,11 +70,11 @@ def _mask_aten(like, seed, p):
     # The lower word first; the sign bit flipped makes an unsigned comparison of a signed one.
     words = random.view(torch.int32) ^ -(1 << 31)
     kept = (words > max(1, round(p * 2**32)) - 1 - (1 << 31)).view(M, K8, 8)
-    return (kept * _BITS.to(like.device)).sum(-1, dtype=torch.uint8)
+    return (kept * _bits(like.device)).sum(-1, dtype=torch.uint8)
 
 
 def _apply_aten(x, mask):
-    bits = (mask[:, :, None] & _BITS.to(mask.device)).ne_(0).flatten(1)[:, : x.shape[1]]
+    bits = (mask[:, :, None] & _bits(mask.device)).ne_(0).flatten(1)[:, : x.shape[1]]
     return x * bits
 
 
@@ -84,6 +88,7 @@ register(
     triton=dropout_mask,
     aten=_mask_aten,
     fake=lambda like, seed, p: like.new_empty(like.shape[0], cdiv(like.shape[1], 8), dtype=torch.uint8),
+    cuda_graphs=False,
 )
 # Inside the fused kernels masks are read by keep(); this serves where a library's GEMM does the product.
 register(

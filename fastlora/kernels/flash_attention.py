@@ -9,7 +9,7 @@ import torch
 from . import flash_attention_cpu
 from ._library import register
 from ._tiles import Choice, choose
-from ._tl import cdiv, dot_precision, launch, next_power_of_2
+from ._tl import cdiv, dot_precision, launch, next_power_of_2, require_no_capture
 from .flash_attention_bwd import flash_attention_dkdv_kernel, flash_attention_dq_kernel
 from .flash_attention_fwd import flash_attention_fwd_kernel
 
@@ -46,6 +46,7 @@ def _dropout(seed: torch.Tensor | None, p: float) -> tuple[int | None, int, floa
     """Seed, the least random word that is kept, and what kept probabilities are multiplied by: 0 if none is kept."""
     if seed is None:
         return None, 0, 1.0
+    require_no_capture("attention dropout")
     return int(seed), min(round(p * 2**32), 2**32 - 1), 1 / (1 - p) if p < 1 else 0.0
 
 

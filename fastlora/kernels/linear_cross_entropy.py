@@ -36,11 +36,12 @@ def _cross_entropy_rows_kernel(p_logits, p_labels, p_scale, p_loss, V, NEED_GRAD
         b_hit += tl.where(i_v + o_v == label, b_x, 0.0)
     total = tl.sum(b_sum, axis=0)
     # Not through lse = top + log(total): rounded at the size of a logit, it would scale the whole row.
-    # A label outside [0, V) makes the loss NaN: an error on the GPU must be seen, not averaged away.
-    loss = tl.where((label >= 0) & (label < V), tl.log(total) + (top - tl.sum(b_hit, axis=0)), float("nan"))
+    # A label outside [0, V) makes loss and gradient NaN: an error on the GPU must be seen, not averaged away.
+    valid = tl.where((label >= 0) & (label < V), 1.0, float("nan"))
+    loss = (tl.log(total) + (top - tl.sum(b_hit, axis=0))) * valid
     tl.store(p_loss + i_m, loss)
     if NEED_GRAD:
-        scale = tl.load(p_scale)
+        scale = tl.load(p_scale) * valid
         for i_v in range(0, V, BLOCK_V):
             b_x = tl.load(p_row + i_v + o_v, mask=i_v + o_v < V, other=float("-inf")).to(tl.float32)
             b_d = (tl.exp(b_x - top) / total - tl.where(i_v + o_v == label, 1.0, 0.0)) * scale
@@ -140,4 +141,5 @@ register(
     triton=linear_cross_entropy_fwd,
     aten=linear_cross_entropy_fwd,
     fake=_fwd_fake,
+    cuda_graphs=False,
 )

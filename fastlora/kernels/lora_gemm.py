@@ -181,6 +181,8 @@ def lora_gemm(
         return _gemm_augmented(x, w, s, b, bias, residual, cos, sin)
     dtype = x.dtype if residual is None else residual.dtype
     y = [x.new_empty((M, n), dtype=dtype) for n in N]
+    if len({one.dtype for one in b}) > 1:  # the kernel picks a projection's pointer at run time: one type for all
+        b = [one.to(x.dtype) for one in b]
     has_bias = any(one is not None for one in bias)
     biases = [x.new_zeros(n) if has_bias and one is None else one for one, n in zip(bias, N, strict=True)]
     t = choice.tile

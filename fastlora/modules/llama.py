@@ -196,6 +196,8 @@ class LlamaModel(Fused, hf.LlamaModel):
 
 class LlamaForCausalLM(Fused, hf.LlamaForCausalLM):
     def _why_not_head(self) -> str | None:
+        if getattr(self, "_is_replica", False):
+            return "inside DataParallel, which gathers tensors only"
         if "forward" in self.__dict__:
             # Of the function itself: functools.wraps makes a wrapper claim the module of what it wraps.
             function = getattr(self.forward, "__func__", self.forward)

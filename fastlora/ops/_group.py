@@ -55,6 +55,7 @@ class Group(NamedTuple):
     @staticmethod
     def of(projections: Sequence[Projection], dtype: torch.dtype) -> Group:
         group = Group(dtype, [], [], [], [], [], [], [], [], [])
+        adapters = next((one.b.dtype for _, _, branches in projections for one in branches), dtype)
         for weight, bias, branches in projections:
             scales = [0.0 if one.dropout == 1 else one.scaling / (1 - one.dropout) for one in branches]
             group.counts.append(len(branches))
@@ -68,7 +69,8 @@ class Group(NamedTuple):
             else:
                 # Several adapters become one of their ranks together, the scalings folded into B.
                 halves = [one.b * scale for one, scale in zip(branches, scales, strict=True)]
-                none = torch.empty(weight.shape[0], 0, dtype=dtype, device=weight.device)
+                # Of the dtype of its neighbours: a kernel takes the pointers of a group as one type.
+                none = torch.empty(weight.shape[0], 0, dtype=adapters, device=weight.device)
                 group.b.append(torch.cat(halves, 1) if halves else none)
                 group.b_scale.append(1.0)
                 scales = [1.0] * len(branches)

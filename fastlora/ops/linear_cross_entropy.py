@@ -65,7 +65,7 @@ def linear_cross_entropy(
 
     Raises:
         ValueError, TypeError: a wrong shape, device or reduction, or dtype, by the name of the argument.
-        IndexError: a label out of range, on the CPU. On a GPU its loss is NaN.
+        IndexError: a label out of range, on the CPU. On a GPU its loss and gradient are NaN.
 
     Source: Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, arXiv:2411.09009, for the problem;
     the gradient in the forward is exact here, with no filtering.

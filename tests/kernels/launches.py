@@ -17,6 +17,7 @@ from fastlora.kernels import (
     swiglu,
     swiglu_reduce,
 )
+from fastlora.ops._group import Branch, Group, Projection
 from fastlora.tuning.aot import Compiled, compiling
 
 M, VOCAB = 4096, 32000
@@ -69,6 +70,29 @@ def lora(model, dtype, masters, r, dropped):
     group([ffn, ffn], x, *rest, prologue="rms_norm")
     group([hidden], h, *rest, residual=True, prologue="swiglu")
     group([hidden], x, *rest)
+
+
+def partial(model, dtype, masters, r):
+    """q_proj and v_proj, PEFT's own default: k_proj has no adapter."""
+    hidden, _, heads, kv_heads = MODELS[model]
+    kv = hidden // heads * kv_heads
+    x, weight = meta(M, hidden, dtype=dtype), meta(hidden, dtype=dtype)
+
+    def projection(n, *ranks):
+        branches = [Branch(meta(one, hidden, dtype=masters), meta(n, one, dtype=masters), 2.0) for one in ranks]
+        return Projection(meta(n, hidden, dtype=dtype), None, tuple(branches))
+
+    group = Group.of([projection(hidden, r), projection(kv), projection(kv, r)], dtype)
+    s, dy = meta(M, 2 * r, dtype=dtype), [meta(M, n, dtype=dtype) for n in (hidden, kv, kv)]
+    table, masks = meta(1, M, hidden // heads, dtype=dtype), [None, None]
+    lora_project.rms_norm_project(x, weight, 1e-5, group.a, group.a_scale, masks, dtype)
+    lora_gemm.lora_gemm(x, group.w, s, group.b, group.bias, None, table, table)
+    # Adapters of several dtypes.
+    lora_gemm.lora_gemm(x, group.w, s, [group.b[0], group.b[1].to(dtype), group.b[2]], group.bias, None, table, table)
+    lora_project.lora_project_t(dy, group.b, group.b_scale)
+    lora_gemm.lora_gemm_t(dy, group.w, s, group.a, masks)
+    lora_reduce.rms_norm_bwd_reduce(x, x, weight, meta(M, dtype=FP32), x, False, s, group.ranks(), masks)
+    lora_reduce.lora_reduce_t(s, dy, group.b_ranks())
 
 
 def without_adapters(model, dtype):
@@ -156,6 +180,7 @@ ADAPTERS = [
 ]
 LAUNCHES = {
     "the rest": (without_adapters, [(dtype,) for dtype in (BF16, FP16, FP32)]),
+    "q and v alone": (partial, [(BF16, FP32, 16)]),
     "4-bit weights": (quantised, [(dtype,) for dtype in (BF16, FP16, FP32)]),
     "attention": (attention, [()]),
     "attention, other heads": (attention_in_halves, [()]),

@@ -6,6 +6,7 @@ from ops.witness import FLOATS, Calls, called, check, perturbing, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora.kernels import linear_cross_entropy as kernels
+from fastlora.kernels._library import INTERPRET
 from fastlora.ops import linear_cross_entropy
 
 IGNORE = -100
@@ -194,6 +195,14 @@ def test_runs_our_rows_once_per_chunk(chunks_of_eight, monkeypatch):
     )
     run(linear_cross_entropy, make(ignored=0.0))
     assert rows == [8, 8, 8, 8, 5]
+
+
+@pytest.mark.skipif(not INTERPRET, reason="csrc raises IndexError before")
+def test_a_label_out_of_range_is_nan_in_loss_and_gradient():
+    logits = torch.randn(3, 50)
+    loss = kernels.cross_entropy_rows(logits, torch.tensor([49, 50, -1]), torch.ones(()), True)
+    assert loss.isnan().tolist() == [False, True, True]
+    assert logits.isnan().all(1).tolist() == [False, True, True] and not logits[0].isnan().any()
 
 
 def test_one_chunk_of_logits_is_alive_at_a_time(chunks_of_eight):

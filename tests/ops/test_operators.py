@@ -1,6 +1,7 @@
 """What holds for every op and operator: signatures, registration, tracing, and that our kernels are what runs."""
 
 import inspect
+import subprocess
 import sys
 
 import pytest
@@ -134,3 +135,15 @@ def test_op_and_witness_have_one_signature(name):
         return [(p.name, p.kind, p.default) for p in signature if p.name != "masks"]
 
     assert parameters(getattr(ops, name)) == parameters(getattr(reference, name))
+
+
+@pytest.mark.parametrize("switch", ["torch.backends.fp32_precision", "torch.backends.cuda.matmul.allow_tf32"])
+def test_tf32_is_the_users_own_setting(switch):
+    """By the new name, as transformers' tf32=True sets it, after which reading the old one raises, and by the old."""
+    program = (
+        "import torch; from fastlora.kernels._tl import dot_precision; before = dot_precision(torch.float32);"
+        f"{switch} = {'True' if 'allow' in switch else repr('tf32')};"
+        "print(before, dot_precision(torch.float32), dot_precision(torch.bfloat16))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["ieee", "tf32", "ieee"]

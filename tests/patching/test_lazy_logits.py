@@ -145,3 +145,12 @@ def test_accelerate_converts_outputs_for_nothing(computed):
     assert isinstance(outputs.logits, LazyLogits) and outputs.logits.dtype == torch.float32
     assert not computed
     assert outputs.logits[:].dtype == torch.float32
+
+
+def test_a_replica_of_data_parallel_gives_tensors():
+    """torch.nn.DataParallel gathers what its replicas return by its own types."""
+    model = fastlora.patch(llama().train())
+    replica = model._replicate_for_data_parallel()
+    outputs = replica(**batch())
+    assert type(outputs.logits) is torch.Tensor
+    assert outputs.loss == fastlora.unpatch(model)(**batch()).loss

@@ -1,10 +1,9 @@
-"""The commands and their flags. Imports only Typer and click; each command imports what it needs when it runs."""
+"""The commands and their flags. Imports only Typer; each command imports what it needs when it runs."""
 
 import sys
 from enum import Enum
 from typing import Annotated, Any
 
-import click
 import typer
 
 import fastlora
@@ -21,6 +20,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 DEFAULT = Settings(model="", data="", out="")
+
+
+def _more_than_zero(value: float) -> float:
+    if value <= 0:
+        raise typer.BadParameter(f"{value} is not more than 0")
+    return value
+
 
 # What fastlora.patch takes.
 Ops = Annotated[str | None, typer.Option(help="Fuse only these: rms_norm,swiglu.  [default: all]")]
@@ -75,9 +81,7 @@ def train(
     dropout: Annotated[float, typer.Option(min=0, max=0.99, help="LoRA dropout.")] = DEFAULT.dropout,
     targets: Annotated[str, typer.Option(help="all-linear, or module names: q_proj,v_proj.")] = DEFAULT.targets,
     lr: Annotated[float, typer.Option(min=0, help="Peak learning rate; falls linearly to 0.")] = DEFAULT.lr,
-    epochs: Annotated[
-        float, typer.Option(click_type=click.FloatRange(0, min_open=True), help="Passes over the data.")
-    ] = DEFAULT.epochs,
+    epochs: Annotated[float, typer.Option(callback=_more_than_zero, help="Passes over the data.")] = DEFAULT.epochs,
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Stop after this many steps, whatever --epochs says.")
     ] = None,

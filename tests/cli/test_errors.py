@@ -120,6 +120,13 @@ def test_rows_longer_than_the_limit(fails, model_dir, rows_file, tmp_path):
     assert "has a token to learn within --max-length 3" in fails(*args)
 
 
+def test_no_epochs():
+    from fastlora.cli.app import app
+
+    shown = CliRunner().invoke(app, ["train", "--model", "x", "--data", "y", "--out", "z", "--epochs", "0"])
+    assert shown.exit_code == 2 and "'--epochs': 0.0 is not more than 0" in " ".join(shown.output.split())
+
+
 @pytest.mark.parametrize(
     "args", [["--help"], ["train", "--help"], ["demo", "--help"], ["explain", "--help"], ["plan", "--help"]]
 )

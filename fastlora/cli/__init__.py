@@ -15,7 +15,7 @@ def main() -> None:
     # What ails a lean installation, too, is asked of the doctor.
     needed = TRAIN_EXTRA[:2] if sys.argv[1:] == ["doctor"] else TRAIN_EXTRA
     if missing := [name for name in needed if find_spec(name) is None]:
-        sys.exit(f'fastlora: not installed: {", ".join(missing)}. Install them with: pip install "fastlora[train]"')
+        sys.exit(f"fastlora: not installed: {', '.join(missing)}. Install them with: pip install {' '.join(missing)}")
     # A bar over a thousand tokenized rows that lives for a tenth of a second is noise in a log file.
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

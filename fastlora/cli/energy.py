@@ -31,7 +31,7 @@ class EnergyMeter:
         try:
             import pynvml
         except ImportError:
-            self.why = 'nvidia-ml-py is not installed; pip install "fastlora[energy]"'
+            self.why = "nvidia-ml-py is not installed; pip install nvidia-ml-py"
             return
         self._nvml = pynvml
         try:

@@ -58,7 +58,7 @@ def test_a_run_on_several_gpus_adds_up_and_says_whose_is_missing(nvml, monkeypat
 def test_without_the_package_and_without_a_gpu(monkeypatch):
     monkeypatch.setattr(energy, "gpu_uuid", lambda: "GPU-7")
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert "fastlora[energy]" in energy.EnergyMeter().why
+    assert "pip install nvidia-ml-py" in energy.EnergyMeter().why
     monkeypatch.setattr(energy, "gpu_uuid", lambda: None)
     meter = energy.EnergyMeter()
     assert meter.kwh() is None and meter.why == "no GPU"

@@ -68,13 +68,12 @@ def test_every_row_is_among_them(monkeypatch):
     for function, arguments in LAUNCHES.values():
         for model, one in itertools.product(MODELS, arguments):
             function(model, *one)
-    kernels = set(screen.kernels()) - {"lora_gemm_rotary_fp32"}  # its tile holds no head of 128: lora_gemm's serves
-    assert {(row.kernel, row.tile) for row in screen.shipped_rows(80, kernels) if row.m == ANY} <= seen
+    assert {(row.kernel, row.tile) for row in screen.shipped_rows(80, screen.kernels()) if row.m == ANY} <= seen
 
 
 def test_every_row_fits_sm_86_and_sm_89(compilations):
     """They have one set of rows, and the same limits. A tile that sm_80 has too takes what it takes there."""
-    kernels = set(screen.kernels()) - {"lora_gemm_rotary_fp32"}
+    kernels = screen.kernels()
     rows = {(row.kernel, row.tile) for row in screen.shipped_rows(86, kernels) if not is_of_sm_80(row.kernel, row.tile)}
     assert screen.shipped_rows(86, kernels) == screen.shipped_rows(89, kernels) and len(rows) > 4
     own = [one for name in SMALLER for one in compilations[86, name].result()]

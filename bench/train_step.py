@@ -27,7 +27,7 @@ from .training import Setting
 
 _CPU = ("peft", "peft-bf16", "peft-compile", "peft-compile-layers", "liger", "fastlora")
 _SMALL = ["--model", "small", "--tokens", "4x512,1x2048"]
-_FP32 = ["--dtype", "float32", "--providers", "peft,peft-compile-layers,liger,fastlora"]
+_FP32 = ["--dtype", "float32", "--providers", "peft,peft-compile,peft-compile-layers,liger,fastlora"]
 _MEMORY = ["--model", "small", "--memory", "only", "--providers", "peft,peft-bf16,peft-compile-layers,fastlora"]
 _ON_CPU = ["--device", "cpu", "--providers", "peft,peft-compile,fastlora", "--seconds", "30", "--memory", "off"]
 _TUNED = ["--allocator", "tuned"]

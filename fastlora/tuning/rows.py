@@ -27,9 +27,10 @@ def screened(found: Iterable[Screened], kernel: str, arch: int) -> list[Row]:
     """The fewest rows within MARGIN of the best survivor for every Llama 2 shape, by the static model."""
     survivors = [one for one in found if one.kernel == kernel and one.survives(arch)]
     times: dict[tuple[int, tuple[int, ...]], dict[Tile, float]] = {
-        (tokens, ranks): {one.tile: _mean(_calls(kernel, tokens, ranks), one) for one in survivors}
+        (tokens, ranks): {one.tile: _mean(of, one) for one in survivors}
         for tokens in calls.TOKENS
         for ranks in (_LOW, _HIGH)
+        for of in [_calls(kernel, tokens, ranks)]
     }
     if not survivors:
         return []

@@ -241,7 +241,7 @@ def test_only_tiles_with_something_to_see_are_visited(sizes, options):
     out, lse = launchers.flash_attention_fwd(q, k, v, *arguments, visited=visited[:1])
     launchers.flash_attention_bwd(out, q, k, v, out, lse, *arguments, visited=visited[1:])
     visible = _visible(q.shape[2], k.shape[2], causal, pad, None, positions, window, "cpu")
-    tiles = [launchers._choose(kernel, q).tile for kernel in ("fwd", "dq", "dkdv")]
+    tiles = [launchers._choose(kernel, q, k).tile for kernel in ("fwd", "dq", "dkdv")]
     assert visited.tolist() == [2 * _tiles_with(visible, t.m, t.n) for t in tiles]
 
 
@@ -250,7 +250,7 @@ def test_the_number_of_tiles_in_closed_form():
     """Half of them under a causal mask; a band of them in a window."""
     T = 1024
     q = torch.randn(1, 1, T, 32).half()
-    t = launchers._choose("fwd", q).tile
+    t = launchers._choose("fwd", q, q).tile
     for window, expected in (
         (None, sum(-(-(i + t.m) // t.n) for i in range(0, T, t.m))),
         (65, sum((i + t.m) // t.n - max(0, i - 64) // t.n for i in range(0, T, t.m))),

@@ -9,13 +9,12 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from budget import FACTOR
-from patching.tiny import Errors, InFloat64, assert_fused, batch, llama, lora, row, step
+from patching.tiny import Errors, InFloat64, assert_fused, batch, llama, lora, misread, row, step
 from peft import prepare_model_for_kbit_training
 from quantise import dense, quantise
 from torch import nn
 
 import fastlora
-from fastlora.modules import lora as reader
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
@@ -243,21 +242,10 @@ def test_verify(prepared):
 def test_verify_judges_a_few_tokens(seed, monkeypatch):
     """39 tokens: no alarm where nothing is wrong; a scaling off by 3 % in one projection of one layer is found."""
     model = build(seed, prepared=True)
-    wrong = model.base_model.model.model.layers[1].mlp.down_proj
-    read = reader._read
-
-    def misread(projection, *args):
-        found = read(projection, *args)
-        if projection is wrong:
-            (branch,) = found.projection.branches
-            branch = branch._replace(scaling=1.03 * branch.scaling)
-            found = found._replace(projection=found.projection._replace(branches=(branch,)))
-        return found
-
     with torch.autocast("cpu", BF16):
         found = fastlora.verify(model, batch(seed))
         assert found.within, str(found)
-        monkeypatch.setattr(reader, "_read", misread)
+        misread(monkeypatch, model.base_model.model.model.layers[1].mlp.down_proj, 1.03)
         found = fastlora.verify(model, batch(seed))
     assert {check.module for check in found.exceeded[:2]} == {"base_model.model.model.layers.1.mlp.down_proj"}
 

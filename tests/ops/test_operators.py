@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastlora import ops, reference
-from fastlora.kernels import _library
+from fastlora.kernels import _library, dropout, flash_attention
 from fastlora.kernels._library import INTERPRET
 
 M, K, N, R = 5, 24, 40, 4
@@ -147,3 +147,16 @@ def test_tf32_is_the_users_own_setting(switch):
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["ieee", "tf32", "ieee"]
+
+
+@pytest.mark.parametrize("draw", [lambda x: dropout.dropout_mask(x, torch.tensor(1), 0.5), lambda x: attend(x, 0.5)])
+def test_no_cuda_graph_repeats_a_seed(draw, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="every replay of a CUDA graph would repeat it"):
+        draw(normal(1, 8))
+
+
+def attend(x, p):
+    q = x.view(1, 1, 1, 8)
+    return flash_attention.flash_attention_fwd(q, q, q, None, None, 1.0, True, None, p, torch.tensor(1))

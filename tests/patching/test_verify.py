@@ -12,7 +12,7 @@ from torch import nn
 import fastlora
 from fastlora.modules import llama as fast
 from fastlora.modules import lora as reader
-from patching.tiny import batch, llama, lora, row, step
+from patching.tiny import batch, llama, lora, misread, row, step
 
 
 def padded(side: str = "right"):
@@ -82,18 +82,7 @@ def test_leaves_the_model_as_it_was(patched):
 def test_finds_a_wrong_scaling_and_names_the_projection(monkeypatch):
     """Off by a tenth, in one projection of one layer; the other layers are fed what the original gave."""
     model = lora(llama())
-    wrong = model.base_model.model.model.layers[1].mlp.down_proj
-    read = reader._read
-
-    def misread(projection, *args):
-        found = read(projection, *args)
-        if projection is wrong:
-            (branch,) = found.projection.branches
-            branch = branch._replace(scaling=1.1 * branch.scaling)
-            found = found._replace(projection=found.projection._replace(branches=(branch,)))
-        return found
-
-    monkeypatch.setattr(reader, "_read", misread)
+    misread(monkeypatch, model.base_model.model.model.layers[1].mlp.down_proj, 1.1)
     found = fastlora.verify(model, batch())
     assert not found.within
     assert {".layers.1" in check.module for check in found.exceeded} == {True}

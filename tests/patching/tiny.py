@@ -12,6 +12,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastlora
+from fastlora.modules import lora as reader
 from fastlora.patching.exact import InFloat64
 
 VOCAB = 101
@@ -193,3 +194,18 @@ def assert_fused(model: nn.Module, calls: int | None = None, head: bool = True) 
         if r.path.endswith(".attention") or not (head or "linear_cross_entropy" not in r.runs):
             continue
         assert (r.fused > 0) if calls is None else (r.fused == calls), r
+
+
+def misread(monkeypatch, module, factor):
+    """From here on the fused layers read the scaling of one projection wrong, by a factor."""
+    read = reader._read
+
+    def wrong(projection, *args):
+        found = read(projection, *args)
+        if projection is module:
+            (branch,) = found.projection.branches
+            branch = branch._replace(scaling=factor * branch.scaling)
+            found = found._replace(projection=found.projection._replace(branches=(branch,)))
+        return found
+
+    monkeypatch.setattr(reader, "_read", wrong)

@@ -252,6 +252,16 @@ def test_run_strict(obstacle, ops, tmp_path, monkeypatch, capsys):
     fastlora_run([*ops, str(path)])
 
 
+def test_run_strict_wants_a_llama(tmp_path, monkeypatch):
+    path = tmp_path / "empty.py"
+    path.write_text("")
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    fastlora_run([str(path)])
+    with pytest.raises(SystemExit, match="the script built no Llama model"):
+        fastlora_run(["--strict", str(path)])
+
+
 @pytest.mark.parametrize(
     ("options", "message"), [(["--ops", "rmsnorm"], "ops has"), (["--memory", "quick"], "memory is 'quick'")]
 )

@@ -140,7 +140,7 @@ def demo(
     ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Training steps of each run.")] = 200,
 ) -> None:
-    """Train a small Llama with and without fastlora and compare. No download, no GPU, about three minutes."""
+    """Train a small Llama with and without fastlora and compare. No download, no GPU, about four minutes."""
     from .demo import demo as run
 
     run(out, steps, _console())

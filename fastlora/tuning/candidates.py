@@ -75,10 +75,10 @@ def _holds(kernel: str, tile: Tile, arch: int) -> bool:
         return False  # it rotates the heads that it holds whole
     if kernel.startswith("lora_gemm"):
         # fp32 accumulators: at most half of a thread's 255 registers, and enough that operands are used often; with
-        # dropout a second product is alive beside them. Near a square, where bytes per FLOP are least. And 96 elements
-        # of every operand's row on their way.
+        # dropout a second product is alive beside them, and what it takes. Near a square, where bytes per FLOP are
+        # least. And 96 elements of every operand's row on their way.
         per_thread = tile.m * tile.n / (32 * tile.warps)
-        least, most = (32, 64) if kernel.endswith("dropout") else (64, 128)
+        least, most = (32, 32) if kernel.endswith("dropout") else (64, 128)
         square = max(tile.m, tile.n) <= 2 * min(tile.m, tile.n)
         return least <= per_thread <= most and square and tile.k * (tile.stages - 1) >= 96
     if kernel in attention.KERNELS and "decode" not in kernel:
@@ -87,7 +87,8 @@ def _holds(kernel: str, tile: Tile, arch: int) -> bool:
         outputs, of_scores = {"fwd": (tile.m * D, 1), "dq": (tile.m * D, 2), "dkdv": (2 * tile.n * D, 2)}[
             kernel.split("_")[2]
         ]
-        return 40 <= (outputs + of_scores * scores) / (32 * tile.warps) <= (96 if "dropout" in kernel else 128)
+        least, most = (40, 96) if "dropout" in kernel else (64, 128)
+        return least <= (outputs + of_scores * scores) / (32 * tile.warps) <= most
     return True
 
 

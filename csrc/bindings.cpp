@@ -154,24 +154,21 @@ Tensor swiglu_fwd(const Tensor& gate, const Tensor& up) {
   return h;
 }
 
-std::tuple<Tensor, Tensor, Tensor> swiglu_bwd(
-    const Tensor& dh, const Tensor& gate, const Tensor& up, bool need_h) {
+std::tuple<Tensor, Tensor> swiglu_bwd(const Tensor& dh, const Tensor& gate, const Tensor& up) {
   require_matrix("swiglu_bwd", "gate", gate);
   require_like("swiglu_bwd", "up", up, gate, gate);
   require_like("swiglu_bwd", "dh", dh, gate, gate);
   Tensor dgate = empty_like(gate), dup = empty_like(up);
-  Tensor h = need_h ? empty_like(gate) : new_empty(gate, {0});
   const SwigluBwd args{
       dtype_of(gate),
       dh.const_data_ptr(),
       gate.const_data_ptr(),
       up.const_data_ptr(),
       dgate.mutable_data_ptr(),
-      dup.mutable_data_ptr(),
-      need_h ? h.mutable_data_ptr() : nullptr};
+      dup.mutable_data_ptr()};
   const Kernels& isa = kernels();
   parallel_for(0, gate.numel(), kGrain, [&](int64_t begin, int64_t end) { isa.swiglu_bwd(args, begin, end); });
-  return {dgate, dup, h};
+  return {dgate, dup};
 }
 
 Tensor cross_entropy_rows(const Tensor& logits, const Tensor& labels, const Tensor& scale, bool need_grad) {

@@ -75,7 +75,6 @@ struct SwigluBwd {
   DType type;
   const void *dh, *gate, *up;
   void *dgate, *dup;
-  void* h;  // the forward's output again, or null
 };
 
 struct CrossEntropyRows {

@@ -32,15 +32,13 @@ void swiglu_fwd_range(const SwigluFwd& a, int64_t begin, int64_t end) {
 template <class T>
 void swiglu_bwd_range(const SwigluBwd& a, int64_t begin, int64_t end) {
   const T *dh = static_cast<const T*>(a.dh), *gate = static_cast<const T*>(a.gate), *up = static_cast<const T*>(a.up);
-  T *dgate = static_cast<T*>(a.dgate), *dup = static_cast<T*>(a.dup), *h = static_cast<T*>(a.h);
+  T *dgate = static_cast<T*>(a.dgate), *dup = static_cast<T*>(a.dup);
   for (int64_t i = begin; i < end; i += Vec::size) {
     const int64_t left = end - i;
     const Vec g = load(gate + i, left), d = load(dh + i, left), u = load(up + i, left);
     const Sigmoid s = sigmoid(g);
-    const Vec silu = g * s.value;
-    store(dup + i, d * silu, left);
+    store(dup + i, d * (g * s.value), left);
     store(dgate + i, d * u * (s.value * fma(g, s.complement, splat(1.0f))), left);
-    if (h) store(h + i, round_as(silu, T{}) * u, left);
   }
 }
 

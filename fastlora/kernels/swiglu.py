@@ -28,7 +28,7 @@ def silu_mul_bwd(b_dh, b_gate, b_up):
 
 
 @triton.jit
-def _swiglu_bwd_kernel(p_dh, p_gate, p_up, p_dgate, p_dup, p_h, numel, NEED_H: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu_bwd_kernel(p_dh, p_gate, p_up, p_dgate, p_dup, numel, BLOCK: tl.constexpr):
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < numel
     b_dh = tl.load(p_dh + o, mask=m, other=0.0)
@@ -37,8 +37,6 @@ def _swiglu_bwd_kernel(p_dh, p_gate, p_up, p_dgate, p_dup, p_h, numel, NEED_H: t
     b_dgate, b_dup = silu_mul_bwd(b_dh, b_gate, b_up)
     tl.store(p_dgate + o, b_dgate, mask=m)
     tl.store(p_dup + o, b_dup, mask=m)
-    if NEED_H:
-        tl.store(p_h + o, silu_mul(b_gate, b_up), mask=m)
 
 
 def swiglu_fwd(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -50,39 +48,23 @@ def swiglu_fwd(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return h
 
 
-def swiglu_bwd(
-    dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, need_h: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dgate, dup, and the recomputed h, (0,) if unneeded; elementwise."""
+def swiglu_bwd(dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """dgate and dup, elementwise."""
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    h = torch.empty_like(gate) if need_h else gate.new_empty(0)
     choice, n = choose("swiglu", gate, n=gate.numel()), gate.numel()
     block = choice.tile.n
-    launch(
-        _swiglu_bwd_kernel,
-        (cdiv(n, block),),
-        *(dh, gate, up, dgate, dup, h, n),
-        choice=choice,
-        NEED_H=need_h,
-        BLOCK=block,
-    )
-    return dgate, dup, h
+    launch(_swiglu_bwd_kernel, (cdiv(n, block),), dh, gate, up, dgate, dup, n, choice=choice, BLOCK=block)
+    return dgate, dup
 
 
 def _fwd_aten(gate, up):
     return torch.nn.functional.silu(gate) * up
 
 
-def _bwd_aten(dh, gate, up, need_h):
+def _bwd_aten(dh, gate, up):
     dh, g, u = dh.float(), gate.float(), up.float()
     sig = torch.sigmoid(g)
-    silu = g * sig
-    h = silu.to(gate.dtype) * up if need_h else gate.new_empty(0)
-    return (dh * u * sig * (1 + g * (1 - sig))).to(gate.dtype), (dh * silu).to(up.dtype), h
-
-
-def _bwd_fake(dh, gate, up, need_h):
-    return torch.empty_like(gate), torch.empty_like(up), torch.empty_like(gate) if need_h else gate.new_empty(0)
+    return (dh * u * sig * (1 + g * (1 - sig))).to(gate.dtype), (dh * (g * sig)).to(up.dtype)
 
 
 register(
@@ -92,8 +74,8 @@ register(
     fake=lambda gate, up: torch.empty_like(gate),
 )
 register(
-    "swiglu_bwd(Tensor dh, Tensor gate, Tensor up, bool need_h) -> (Tensor, Tensor, Tensor)",
+    "swiglu_bwd(Tensor dh, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     triton=swiglu_bwd,
     aten=_bwd_aten,
-    fake=_bwd_fake,
+    fake=lambda dh, gate, up: (torch.empty_like(gate), torch.empty_like(up)),
 )

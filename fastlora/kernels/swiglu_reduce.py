@@ -18,6 +18,8 @@ from .lora_project import block_r
 from .lora_reduce import dot_kept, row_splits
 from .swiglu import silu_mul_bwd
 
+_ROWS = 512  # of h at a time, on a CPU
+
 
 @triton.jit
 def _swiglu_bwd_reduce_kernel(
@@ -112,10 +114,20 @@ def swiglu_bwd_reduce(
     return dgate, dup, partials.sum(0)
 
 
+def _reduce_h(gate, up, ds, ranks, masks):
+    """lora_reduce of h, of which _ROWS are made at a time: they stay in cache."""
+    ops, total = torch.ops.fastlora, ds.new_zeros(ds.shape[1] * gate.shape[1], dtype=torch.float32)
+    for first in range(0, len(gate), _ROWS):
+        rows = slice(first, first + _ROWS)
+        some = [mask if mask is None else mask[rows] for mask in masks]
+        total += ops.lora_reduce(ds[rows], ops.swiglu_fwd(gate[rows], up[rows]), ranks, some)
+    return total
+
+
 def _aten(dh, gate, up, ds, ranks, masks, s, b_ranks):
     ops = torch.ops.fastlora
-    dgate, dup, h = ops.swiglu_bwd(dh, gate, up, ds.shape[1] > 0)
-    flat = [ops.lora_reduce(ds, h, ranks, masks)] if ds.shape[1] else []
+    dgate, dup = ops.swiglu_bwd(dh, gate, up)
+    flat = [_reduce_h(gate, up, ds, ranks, masks)] if ds.shape[1] else []
     if sum(b_ranks):
         flat.append(ops.lora_reduce_t(s, [dgate, dup], b_ranks))
     return dgate, dup, torch.cat(flat) if len(flat) > 1 else flat[0] if flat else dh.new_empty(0, dtype=torch.float32)

@@ -17,7 +17,7 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dh):
         gate, up = ctx.saved_tensors
-        return torch.ops.fastlora.swiglu_bwd(dh.contiguous(), gate, up, False)[:2]
+        return torch.ops.fastlora.swiglu_bwd(dh.contiguous(), gate, up)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -257,18 +257,19 @@ def _swiglu_reduce_arguments(c: Call, new: New) -> tuple[Any, ...]:
 
 
 def _swiglu_reduce_truth(dh, gate, up, ds, ranks, masks, s, b_ranks):
-    dgate, dup, h = _swiglu_truth(dh, gate, up, True)
+    dgate, dup = _swiglu_truth(dh, gate, up)
+    h = torch.nn.functional.silu(_d(gate)) * _d(up)
     flat = torch.cat([*_reduce_truth(ds, h, ranks, masks), *_reduce_t_truth(s, [dgate, dup], b_ranks)])
     return [dgate, dup, flat]
 
 
 def _swiglu_arguments(c: Call, new: New) -> tuple[Any, ...]:
-    return new(1, c.n), new(1, c.n), new(1, c.n), True
+    return new(1, c.n), new(1, c.n), new(1, c.n)
 
 
-def _swiglu_truth(dh, gate, up, need_h):
+def _swiglu_truth(dh, gate, up):
     g, u, sig = _d(gate), _d(up), torch.sigmoid(_d(gate))
-    return [_d(dh) * u * sig * (1 + g * (1 - sig)), _d(dh) * g * sig, g * sig * u]
+    return [_d(dh) * u * sig * (1 + g * (1 - sig)), _d(dh) * g * sig]
 
 
 def _cross_entropy_arguments(c: Call, new: New) -> tuple[Any, ...]:

@@ -195,7 +195,7 @@ LAUNCHES = {
     "rope of heads": lambda: rotate(meta(1, 64, 2**19, 128)),
     "rope of rows": lambda: rotate(meta(5, 32, 2**17, 128)),
     "swiglu_fwd": lambda: swiglu.swiglu_fwd(X, X),
-    "swiglu_bwd": lambda: swiglu.swiglu_bwd(X, X, X, True),
+    "swiglu_bwd": lambda: swiglu.swiglu_bwd(X, X, X),
     "dequantize_4bit": lambda: dequantise(2 * FAR + 5),
     "dropout_mask": lambda: dropout.dropout_mask(meta(8 * M, K), torch.tensor(1), 0.5),
     "lora_project": lambda: project.lora_project(X, [A, A], [1.0, 1.0], [MASK, None]),

@@ -39,7 +39,7 @@ def samples() -> dict[str, list[tuple]]:
         "rms_norm_bwd": [(x, x, norm, rstd, None, True, False), (x, x, norm, rstd, x.clone(), False, True)],
         "rope": [(q, k, cos, cos.clone(), False), (q, k, sin, sin.clone(), True)],
         "swiglu_fwd": [(x, x.clone())],
-        "swiglu_bwd": [(x, x.clone(), x.clone(), False), (x, x.clone(), x.clone(), True)],
+        "swiglu_bwd": [(x, x.clone(), x.clone())],
         "dropout_mask": [(x, torch.tensor(1234), 0.3)],
         "apply_mask": [(x, mask)],
         "lora_project": [(x, [a], [0.5], [None]), (x, [a, a.clone()], [0.5, 2.0], [mask, None]), (x, [], [], [])],

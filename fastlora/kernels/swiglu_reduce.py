@@ -18,7 +18,7 @@ from .lora_project import block_r
 from .lora_reduce import dot_kept, row_splits
 from .swiglu import silu_mul_bwd
 
-_ROWS = 512  # of h at a time, on a CPU
+_ROWS = 512
 
 
 @triton.jit
@@ -115,10 +115,11 @@ def swiglu_bwd_reduce(
 
 
 def _reduce_h(gate, up, ds, ranks, masks):
-    """lora_reduce of h, of which _ROWS are made at a time: they stay in cache."""
+    """lora_reduce of h; on a CPU _ROWS of h are made at a time, and stay in cache."""
     ops, total = torch.ops.fastlora, ds.new_zeros(ds.shape[1] * gate.shape[1], dtype=torch.float32)
-    for first in range(0, len(gate), _ROWS):
-        rows = slice(first, first + _ROWS)
+    step = _ROWS if gate.is_cpu else max(1, len(gate))
+    for first in range(0, len(gate), step):
+        rows = slice(first, first + step)
         some = [mask if mask is None else mask[rows] for mask in masks]
         total += ops.lora_reduce(ds[rows], ops.swiglu_fwd(gate[rows], up[rows]), ranks, some)
     return total

@@ -5,26 +5,11 @@
 // Exponentials are computed again rather than kept: a row stays in cache, and fp32 values of it would need scratch.
 #pragma once
 
-#include "vec.h"
+#include "mask.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
 namespace {
-
-constexpr float kInfinity = __builtin_inff();
-
-// Minima with a run of 2 * Vec::size of these hide the lanes before an edge, or those from it on.
-struct Edge {
-  float before[2 * Vec::size], after[2 * Vec::size];
-  Edge() {
-    for (int64_t i = 0; i < 2 * Vec::size; ++i) {
-      before[i] = i < Vec::size ? -kInfinity : kInfinity;
-      after[i] = -before[i];
-    }
-  }
-};
-
-inline int64_t lanes(int64_t n) { return n < 0 ? 0 : n > Vec::size ? Vec::size : n; }
 
 // What one query sees of its row.
 struct Seen {
@@ -37,9 +22,7 @@ struct Seen {
   Vec scores(const T* row, int64_t j, Vec scale) const {
     Vec x = load(row + j, keys - j) * scale;
     if (bias) x = x + load(bias + j, keys - j);
-    if (j < first) x = min(x, load(edge.before + Vec::size - lanes(first - j)));
-    if (j + Vec::size > last) x = min(x, load(edge.after + Vec::size - lanes(last - j)));
-    return x;
+    return hide(x, j, first, last, edge);
   }
 };
 

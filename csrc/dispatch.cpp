@@ -13,12 +13,29 @@ struct Candidate {
   bool supported;
 };
 
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq");
+}
+
+Kernels avx512_bf16() {
+  Kernels kernels = kernels_avx512;
+  kernels.isa = "avx512_bf16";
+  kernels.flash_attention[static_cast<int>(DType::bf16)] = flash_attention_avx512_bf16;
+  return kernels;
+}
+#endif
+
 const Kernels& choose() {
+#if defined(__x86_64__)
+  static const Kernels kernels_avx512_bf16 = avx512_bf16();
+#endif
   // Widest first. Every processor with AVX2 also has F16C, which older compilers cannot ask about.
   const Candidate candidates[] = {
 #if defined(__x86_64__)
-      {&kernels_avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")},
+      {&kernels_avx512_bf16, has_avx512() && __builtin_cpu_supports("avx512bf16")},
+      {&kernels_avx512, has_avx512()},
       {&kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
       {&kernels_plain, true},

@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "cross_entropy.h"
 #include "dequantize_4bit.h"
+#include "flash_attention_table.h"
 #include "rms_norm.h"
 #include "rope.h"
 #include "swiglu.h"
@@ -30,6 +31,7 @@ extern const Kernels FASTLORA_KERNELS = {
     FASTLORA_ISA::accumulate,
     FASTLORA_ISA::tall_product,
     FASTLORA_ISA::Vec::size,
+    {FASTLORA_ISA::flash_attention<float>(), FASTLORA_ISA::flash_attention<Bf16>(), FASTLORA_ISA::flash_attention<Fp16>()},
 };
 
 }  // namespace fastlora

@@ -110,6 +110,23 @@ struct AttentionRows {
   float scale;  // greater than 0
 };
 
+struct Heads {
+  const void* data;              // (batch, head, token, dim), dim contiguous
+  int64_t batch, head, token;  // strides, in elements
+};
+
+struct FlashAttention {
+  Heads q, k, v, out, dout;  // out is written by the forward
+  Heads dq, dk, dv;          // written by the backward
+  float* lse;                // (batches, heads, queries), written by the forward
+  const int64_t* first;      // (batches or 1, queries): the first key a query sees, or less
+  const uint8_t* real;       // (batches, keys): 0 for keys that nothing sees; or null
+  int64_t first_batch, real_batch;  // strides
+  int64_t batches, heads, key_heads, queries, keys, dim;
+  float scale;  // greater than 0
+  bool causal;
+};
+
 struct Accumulate {
   DType type;
   const void* parts;  // (groups, members, rows, cols)
@@ -124,6 +141,15 @@ struct TallProduct {
   const uint8_t* mask;  // (rows, mask_row), a bit for every element of wide; or null
   float* out;           // (members, cols)
   int64_t rows, members, cols, mask_row;
+};
+
+// Of one dtype. A thread brings `scratch(args)` bytes of memory, aligned to 64, for its range.
+struct FlashAttentionKernels {
+  int64_t (*fwd_scratch)(const FlashAttention&);
+  void (*fwd)(const FlashAttention&, char* scratch, int64_t block_begin, int64_t block_end);
+  int64_t (*bwd_scratch)(const FlashAttention&);
+  void (*bwd)(const FlashAttention&, char* scratch, int64_t head_begin, int64_t head_end);
+  int64_t block;  // queries in a block
 };
 
 // One instruction set's kernels. Each works on the half-open range [begin, end) of its parallel dimension.
@@ -142,12 +168,14 @@ struct Kernels {
   void (*accumulate)(const Accumulate&, int64_t row_begin, int64_t row_end);
   void (*tall_product)(const TallProduct&, int64_t block_begin, int64_t block_end);
   int64_t tall_product_block;  // columns in a block
+  FlashAttentionKernels flash_attention[3];  // by DType
 };
 
 extern const Kernels kernels_plain;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const FlashAttentionKernels flash_attention_avx512_bf16;  // of bf16: AVX-512's other kernels go with it
 #endif
 
 // The widest instruction set of this machine, or the one FASTLORA_CPU_ISA names. Throws std::runtime_error.

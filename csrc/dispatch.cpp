@@ -71,3 +71,12 @@ extern "C" __attribute__((visibility("default"))) const char* fastlora_cpu_isa()
     return message.c_str();
   }
 }
+
+// Whether the processor multiplies 16-bit matrices by the tile, which the library knows to use and these kernels do not.
+extern "C" __attribute__((visibility("default"))) bool fastlora_cpu_has_amx() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return __builtin_cpu_supports("amx-bf16");
+#else
+  return false;
+#endif
+}

@@ -13,6 +13,7 @@ namespace FASTLORA_ISA {
 namespace {
 
 constexpr int64_t kQueries = 64, kKeys = 128;
+constexpr int64_t kSteps = 64;  // of one sum over a head's dimension: a longer one would round more
 constexpr int64_t kBlockTiles = (kQueries + kTileRows - 1) / kTileRows;
 // Row strides of blocks: not powers of two, whose rows would share their places in the cache.
 constexpr int64_t kScoresRow = kKeys + 16;
@@ -118,51 +119,30 @@ struct Span {
 };
 
 // The scores' unit: e to the x in fp32, 2 to the x for 16-bit types, whose probabilities are rounded far more coarsely
-// than the polynomial errs: 4e-6.
+// than the polynomial errs: 3e-6.
 inline Vec exponential(Vec x, float) { return exp(x); }
 template <class T>
 inline Vec exponential(Vec x, T) {
-  x = max(splat(-126.0f), x);  // the order of the arguments lets a NaN through
+  x = max(splat(-160.0f), x);  // whose exponential is 0; the order of the arguments lets a NaN through
   const Vec n = nearest_integer(x), r = x - n;
-  Vec y = fma(splat(9.570e-3f), r, splat(5.5e-2f));
-  y = fma(y, r, splat(2.402e-1f));
-  y = fma(y, r, splat(6.931e-1f));
+  Vec y = fma(splat(0x1.3a02cap-7f), r, splat(0x1.c9fc46p-5f));
+  y = fma(y, r, splat(0x1.ec0378p-3f));
+  y = fma(y, r, splat(0x1.62e12cp-1f));
   return times_exp2(fma(y, r, splat(1.0f)), n);
 }
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
-constexpr float unit_of(float) { return 1.0f; }
+// scale * x - top: in fp32 exactly 0 for the largest score, whose product with scale has been rounded, too.
+inline Vec below_top(Vec x, Vec scale, Vec top, float) { return x * scale - top; }
 template <class T>
-constexpr float unit_of(T) {
-  return kLog2e;
+inline Vec below_top(Vec x, Vec scale, Vec top, T) {
+  return fma(x, scale, top * splat(-1.0f));
 }
-
-// What a query's softmax is divided by: probabilities are inverse * exponential(score - top). Kept as the log-sum-exp,
-// but in fp32 as the sum itself, where it is neither huge nor tiny: the rounding of a logarithm would be seen.
-struct Normaliser {
-  float top, inverse;
-};
-
-inline float log_sum_exp(float top, float total) { return top + __builtin_logf(total); }
-
-inline float kept(float top, float total, float) {
-  const double lse = top + __builtin_log(total);
-  if (lse > -60 && lse < 60) return static_cast<float>(__builtin_exp(top) * total);
-  return static_cast<float>(lse > 0 ? -lse : 1 / lse);
-}
-inline Normaliser normaliser(float kept, float) {
-  if (kept > 0) return {0.0f, 1.0f / kept};
-  return {kept < -1 ? -kept : 1.0f / kept, 1.0f};
-}
+constexpr float log_of_unit(float) { return 1.0f; }
 template <class T>
-inline float kept(float top, float total, T) {
-  return top * kLn2 + __builtin_logf(total);
-}
-template <class T>
-inline Normaliser normaliser(float kept, T) {
-  return {kept * kLog2e, 1.0f};
+constexpr float log_of_unit(T) {
+  return 0.693147181f;
 }
 
-// Scores or dscores, without scale: rows of a by rows of b, where a tile sees them.
+// Scores or their gradient, unscaled: rows of a by rows of b, where the queries of a tile see a key.
 template <class T>
 void block_product(
     float* c, const Unit* a, const Unit* b_panels, const Sizes<T>& sizes, const Span* spans, int64_t rows,
@@ -174,9 +154,15 @@ void block_product(
       const int64_t begin = span.begin > panel ? span.begin : panel;
       const int64_t end = last < panel + kPanel ? last : panel + kPanel;
       if (begin >= end) continue;
-      const Product p{sizes.steps, a + i * sizes.row, sizes.row, 1, b_panels + (begin - panel),
-                      c + i * kScoresRow + begin, kScoresRow};
-      multiply<T, false>(p, rows - i < kTileRows ? rows - i : kTileRows, (end - begin) / Reg::size);
+      const int64_t tile = rows - i < kTileRows ? rows - i : kTileRows, regs = (end - begin) / Reg::size;
+      Product p{sizes.steps < kSteps ? sizes.steps : kSteps, a + i * sizes.row, sizes.row, 1,
+                b_panels + (begin - panel), c + i * kScoresRow + begin, kScoresRow};
+      multiply<T, false>(p, tile, regs);
+      for (int64_t s = kSteps; s < sizes.steps; s += kSteps) {
+        p.steps = sizes.steps - s < kSteps ? sizes.steps - s : kSteps;
+        p.a += kSteps, p.b += kSteps * kPanel;
+        multiply<T, true>(p, tile, regs);
+      }
     }
   }
 }

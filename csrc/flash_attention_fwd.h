@@ -7,6 +7,9 @@ namespace fastlora {
 namespace FASTLORA_ISA {
 namespace {
 
+// Probabilities may grow to e (or 2) to this before a row is rescaled.
+constexpr float kSlack = 8.0f;
+
 template <class T>
 struct Forward {
   const FlashAttention& a;
@@ -41,7 +44,7 @@ struct Forward {
     const float* s = scores + row * kScoresRow;
     Unit* to = p + row * kUnitsRow<T>;
     const int64_t last = span.vectors_end();
-    const float scale = a.scale * unit_of(T{});
+    const float scale = a.scale / log_of_unit(T{});
     const auto hidden = [&](Vec x, int64_t j) {
       if (!masked) return x;
       if (limits) x = min(x, load(limits + j));
@@ -54,7 +57,7 @@ struct Forward {
       for (int64_t j = span.begin; j < last; j += Vec::size) Operand<T>::store_row(to + j / sizes.pair, splat(0.0f));
       return;
     }
-    if (block_top > top) {
+    if (block_top > top + kSlack) {
       const Vec shrink = exponential(splat(top - block_top), T{});
       float* sum_row = sums + row * sizes.dim;
       for (int64_t j = 0; j < sizes.dim; j += Vec::size) store(sum_row + j, load(sum_row + j) * shrink);
@@ -62,9 +65,9 @@ struct Forward {
       top = block_top;
     }
     Vec sum_of = splat(0.0f);
-    const Vec scales = splat(scale), minus_top = splat(-top);
+    const Vec scales = splat(scale), tops = splat(top);
     for (int64_t j = span.begin; j < last; j += Vec::size) {
-      const Vec e = exponential(hidden(fma(load(s + j), scales, minus_top), j), T{});
+      const Vec e = exponential(hidden(below_top(load(s + j), scales, tops, T{}), j), T{});
       sum_of = sum_of + e;
       Operand<T>::store_row(to + j / sizes.pair, e);
     }
@@ -118,7 +121,7 @@ struct Forward {
     T* out = const_cast<T*>(head_of<T>(a.out, batch, head)) + first_query * a.out.token;
     for (int64_t i = 0; i < rows; ++i, out += a.out.token) {
       const bool none = total[i] == 0.0f;
-      lse[i] = none ? kInfinity : kept(top[i], total[i], T{});
+      lse[i] = none ? kInfinity : top[i] * log_of_unit(T{}) + __builtin_logf(total[i]);
       const Vec inverse = splat(none ? 0.0f : 1.0f / total[i]);
       for (int64_t j = 0; j < a.dim; j += Vec::size) store(out + j, load(sums + i * sizes.dim + j) * inverse, a.dim - j);
     }

@@ -25,7 +25,7 @@ from ._tiles import LaunchFailed, NothingLeft, give_up
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
-_EXTENSION = Path(__file__).resolve().parents[1] / "_C.abi3.so"
+EXTENSION = Path(__file__).resolve().parents[1] / "_C.abi3.so"
 _library = torch.library.Library("fastlora", "DEF")
 
 
@@ -34,7 +34,7 @@ def build_command() -> str:
 
     Never by name: a package index may know another project under ours.
     """
-    how, clone = "pip install --no-build-isolation --no-deps --force-reinstall", _EXTENSION.parents[1]
+    how, clone = "pip install --no-build-isolation --no-deps --force-reinstall", EXTENSION.parents[1]
     if (clone / "csrc").is_dir():
         return f"{how} -e {shlex.quote(str(clone))}"
     try:
@@ -52,11 +52,11 @@ def _load_extension() -> str:
         return "not loaded: TRITON_INTERPRET=1 runs the Triton code on the CPU"
     if os.environ.get("FASTLORA_CSRC") == "0":
         return "not loaded: FASTLORA_CSRC=0"
-    if not _EXTENSION.exists():
+    if not EXTENSION.exists():
         reason = f"not built; to build them: {build_command()}"
     else:
         try:
-            torch.ops.load_library(str(_EXTENSION))
+            torch.ops.load_library(str(EXTENSION))
             return "loaded"
         except OSError as error:
             reason = f"not loadable ({error}); to build them: {build_command()}"

@@ -219,7 +219,8 @@ ROWS = (
     Row("attention", 90, Tile(), "flash_attention_3"),
     Row("attention", 0, Tile(), "sdpa"),
     Row("attention_cpu", 0, Tile(), "fastlora"),
-    Row("attention_cpu_fp32", 0, Tile(), "sdpa"),
+    Row("attention_aten", 0, Tile(), "fastlora"),
+    Row("attention_aten_fp32", 0, Tile(), "sdpa"),
     Row("attention_padded", 0, Tile(), "fastlora"),
     Row("attention_packed", 0, Tile(), "fastlora"),
 )

@@ -1,6 +1,6 @@
-"""Attention on the CPU, and where no tile runs: slabs of BLOCK queries of a few heads, with all the keys they see.
+"""Attention on the CPU, and where no tile runs: csrc's fused kernel, or slabs; `_fused` says which.
 
-The products are the library's; between them one kernel scales, masks and normalises a slab in place. A slab holds whole
+A slab is BLOCK queries of a few heads, with all the keys they see. The products are the library's; between them one kernel scales, masks and normalises a slab in place. A slab holds whole
 rows of scores, so the softmax is the ordinary one and the backward repeats it: neither out nor lse is needed there. It
 stays in cache, and the query heads of a key head are rows of one product. Dropout draws slab after slab from a
 generator of its own, which the backward starts anew.
@@ -8,11 +8,14 @@ generator of its own, which the backward starts anew.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 
+from . import _library
 from ._library import register
 
 BLOCK = 128
@@ -31,21 +34,27 @@ class _Slab(NamedTuple):
     bias: torch.Tensor | None
 
 
-def _slabs(q, k, key_padding_mask, position_ids, causal, window) -> Iterator[_Slab]:
-    """Every query of every head once; where none of a slab sees a key, it has no keys."""
-    (B, H, T, _), (H_kv, T_kv) = q.shape, k.shape[1:3]
+def _first(q, k, position_ids, window) -> torch.Tensor:
+    """(B or 1, T) int64: the first key that a query sees, were all of them real."""
+    T, T_kv = q.shape[2], k.shape[2]
     position = torch.arange(T, device=q.device)[None] + T_kv - T
     first = torch.zeros_like(position)
     if position_ids is not None:
         first = position - position_ids
     if window is not None:
         first = torch.maximum(first, position - window + 1)
-    first = first.clamp(min=0).expand(B, -1)
-    last = (position if causal else position.new_full((1, T), T_kv - 1))[0] + 1
+    return first.clamp(min=0)
+
+
+def _slabs(q, k, real, first, causal) -> Iterator[_Slab]:
+    """Every query of every head once; where none of a slab sees a key, it has no keys."""
+    (B, H, T, _), (H_kv, T_kv) = q.shape, k.shape[1:3]
+    first = first.expand(B, -1)
+    last = torch.arange(T_kv - T + 1, T_kv + 1, device=q.device) if causal else first.new_full((T,), T_kv)
     for row in range(B):
         bias = None
-        if key_padding_mask is not None:
-            bias = torch.where(key_padding_mask[row], 0.0, float("-inf"))
+        if real is not None:
+            bias = torch.where(real[row], 0.0, float("-inf"))
         for lo in range(0, T, BLOCK):
             queries = slice(lo, min(lo + BLOCK, T))
             start, stop = int(first[row, queries].min()), max(0, int(last[queries][-1]))
@@ -102,14 +111,12 @@ def _generator(seed: torch.Tensor | None, device: torch.device) -> torch.Generat
     return None if seed is None else torch.Generator().manual_seed(int(seed))
 
 
-def fwd(q, k, v, key_padding_mask, position_ids, scale, causal, window, dropout_p, seed):
-    """As flash_attention_fwd."""
-    generator = _generator(seed, q.device)
+def slabs_fwd(q, k, v, real, first, scale, causal, dropout_p=0.0, generator=None):
     H_kv, k, v = k.shape[1], k.contiguous(), v.contiguous()  # bmm would copy every slice of a transposed view
     out, lse = _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     q_, out_, lse_ = _grouped(q, H_kv), _grouped(out, H_kv), lse.unflatten(1, (H_kv, -1))
     scratch = _Scratch(q)
-    for slab in _slabs(q, k, key_padding_mask, position_ids, causal, window):
+    for slab in _slabs(q, k, real, first, causal):
         query, key = (slab.row, slab.heads, slice(None), slab.queries), (slab.row, slab.heads, slab.keys)
         p = scratch.product(q_[query].flatten(1, 2), k[key])
         b_lse = torch.ops.fastlora.attention_softmax(_by_head(p, slab), *slab[4:], scale)
@@ -125,15 +132,13 @@ def _add(total, left, right, slab):
     torch.ops.fastlora.accumulate(total, _by_head(left, slab).mT @ _by_head(right, slab))
 
 
-def bwd(dout, q, k, v, out, lse, key_padding_mask, position_ids, scale, causal, window, dropout_p, seed):
-    """As flash_attention_bwd."""
-    generator = _generator(seed, q.device)
+def slabs_bwd(dout, q, k, v, out, lse, real, first, scale, causal, dropout_p=0.0, generator=None):
     H_kv, k, v = k.shape[1], k.contiguous(), v.contiguous()
     # Keys gather their gradient from many slabs: in fp32.
     dq, dk, dv = _like(q), *(torch.zeros(k.shape, device=k.device) for _ in range(2))
     q_, do_, dq_ = _grouped(q, H_kv), _grouped(dout, H_kv), _grouped(dq, H_kv)
     scratch, scratch_d = _Scratch(q), _Scratch(q)
-    for slab in _slabs(q, k, key_padding_mask, position_ids, causal, window):
+    for slab in _slabs(q, k, real, first, causal):
         query, key = (slab.row, slab.heads, slice(None), slab.queries), (slab.row, slab.heads, slab.keys)
         b_q, b_do = q_[query].flatten(1, 2), do_[query].flatten(1, 2)
         b_k, b_v = k[key].contiguous(), v[key].contiguous()
@@ -145,6 +150,57 @@ def bwd(dout, q, k, v, out, lse, key_padding_mask, position_ids, scale, causal, 
         _add(dk[key], ds, b_q, slab)
         dq_[query] = (ds @ b_k).view(dq_[query].shape)
     return dq, _like(k).copy_(dk), _like(v).copy_(dv)
+
+
+@functools.cache
+def _has_amx() -> bool:
+    """Whether the library's 16-bit products have a unit of the processor to themselves."""
+    has_amx = ctypes.CDLL(str(_library.EXTENSION)).fastlora_cpu_has_amx
+    has_amx.restype = ctypes.c_bool
+    return bool(has_amx())
+
+
+def _fused(q: torch.Tensor, generator: torch.Generator | None) -> bool:
+    """Whether csrc's kernel serves: not for dropout, which it has not; not in 16 bits where the processor has AMX, which
+    the library's products use and ours do not; and not in fp32 for a few queries, whose products the library takes for
+    dot products and rounds less."""
+    if _library.csrc_state != "loaded" or q.device.type != "cpu" or generator is not None:
+        return False
+    return q.shape[2] >= 16 if q.dtype == torch.float32 else not _has_amx()
+
+
+def fwd(q, k, v, key_padding_mask, position_ids, scale, causal, window, dropout_p, seed):
+    """As flash_attention_fwd."""
+    generator = _generator(seed, q.device)
+    arguments = q, k, v, key_padding_mask, _first(q, k, position_ids, window), scale, causal
+    if _fused(q, generator):
+        return torch.ops.fastlora.fused_attention_fwd(*arguments)
+    return slabs_fwd(*arguments, dropout_p, generator)
+
+
+def bwd(dout, q, k, v, out, lse, key_padding_mask, position_ids, scale, causal, window, dropout_p, seed):
+    """As flash_attention_bwd."""
+    generator = _generator(seed, q.device)
+    arguments = dout, q, k, v, out, lse, key_padding_mask, _first(q, k, position_ids, window), scale, causal
+    if _fused(q, generator):
+        return torch.ops.fastlora.fused_attention_bwd(*arguments)
+    return slabs_bwd(*arguments, dropout_p, generator)
+
+
+register(
+    "fused_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? real, Tensor first, float scale, bool causal)"
+    " -> (Tensor, Tensor)",
+    triton=slabs_fwd,
+    aten=slabs_fwd,
+    fake=lambda q, *rest: (_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)),
+)
+register(
+    "fused_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? real,"
+    " Tensor first, float scale, bool causal) -> (Tensor, Tensor, Tensor)",
+    triton=slabs_bwd,
+    aten=slabs_bwd,
+    fake=lambda dout, q, k, v, *rest: (_like(q), _like(k), _like(v)),
+)
 
 
 def _hidden(scores, first, last, bias):

@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama import modeling_llama as hf
 
 from .. import ops
-from ..kernels import _tiles
+from ..kernels import _library, _tiles
 from . import flash_attn
 from ._fused import Fused, instance_forward, original_class, why_not_plain
 
@@ -49,8 +49,10 @@ class Mask(NamedTuple):
 
 def _kernel(kind: str, device: torch.device) -> str:
     """What `choose` knows batches of a kind by."""
+    if kind == "plain" and device.type == "cpu":
+        return "attention_cpu" if _library.csrc_state == "loaded" else "attention_aten"
     if kind == "plain":
-        return "attention_cpu" if device.type == "cpu" else "attention"
+        return "attention"
     return f"attention_{kind}"
 
 

@@ -30,6 +30,10 @@ dequantize_4bit(Tensor packed, Tensor absmax, Tensor code, Tensor? absmax2, Tens
     int blocksize, int blocksize2, SymInt numel, ScalarType dtype) -> Tensor
 attention_softmax(Tensor(a!) scores, Tensor first, Tensor last, Tensor? bias, float scale) -> Tensor
 attention_softmax_bwd(Tensor(a!) scores, Tensor(b!) dp, Tensor first, Tensor last, Tensor? bias, float scale) -> ()
+fused_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? real, Tensor first, float scale, bool causal)
+    -> (Tensor, Tensor)
+fused_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? real, Tensor first,
+    float scale, bool causal) -> (Tensor, Tensor, Tensor)
 accumulate(Tensor(a!) total, Tensor parts) -> ()
 tall_product(Tensor narrow, Tensor wide, Tensor? mask) -> Tensor
 """
@@ -288,6 +292,59 @@ def attention():
     assert p.isnan().any(-1).tolist() == [[True, False]], "a NaN that is seen is kept, one that is hidden is not"
 
 
+def eager_attention(q, k, v, hidden, scale):
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    return eager_softmax(q @ k.mT, hidden, scale) @ v
+
+
+def fused_attention_case(dtype, B, H, H_kv, T, T_kv, D, causal, masked):
+    what = f"fused attention {dtype} {(B, H, H_kv, T, T_kv, D)} causal={causal} masked={masked}"
+    q, dout = torch.randn(2, B, T, H, D).to(dtype).transpose(2, 3)
+    k, v = torch.randn(2, B, H_kv, T_kv, D + 3).to(dtype)[..., :D]
+    position = torch.arange(T)[None] + T_kv - T
+    first = torch.zeros_like(position)
+    real = torch.rand(B, T_kv) < 0.7 if masked else None
+    if masked:
+        first = (position - torch.randint(0, T_kv + 1, (B, T))).clamp(min=0)
+    j = torch.arange(T_kv)
+    hidden = (j < first[:, :, None]) | ((j > position[:, :, None]) if causal else False)
+    hidden = (hidden if real is None else hidden | ~real[:, None])[:, None]
+    f = partial(eager_attention, hidden=hidden, scale=0.2)
+    (eager,), eager_grads = grads(f, (q, k, v), dout)
+    (truth,), true_grads = grads(f, (q, k, v), dout, torch.double)
+    rest = real, first, 0.2, causal
+    out, lse = same_bits_on_two_threads(ops.fused_attention_fwd, q, k, v, *rest)
+    check(what + " out", out, eager, truth)
+    blind = hidden.all(-1).expand(B, H, T)
+    assert (lse[blind] == float("inf")).all() and (out[blind] == 0).all(), what
+    scores = q.double() @ k.double().repeat_interleave(H // H_kv, 1).mT * 0.2
+    true_lse = scores.masked_fill(hidden, float("-inf")).logsumexp(-1)
+    assert torch.allclose(lse[~blind].double(), true_lse[~blind], atol=1e-5, rtol=1e-5), what
+    back = same_bits_on_two_threads(ops.fused_attention_bwd, dout, q, k, v, out, lse, *rest)
+    for name, ours, theirs, exact in zip("qkv", back, eager_grads, true_grads, strict=True):
+        check(f"{what} d{name}", ours, theirs, exact)
+    assert (back[0][blind] == 0).all(), what
+
+
+def fused_attention():
+    """Heads of every kind, numbers that no block, tile or vector divides, keys that some or all queries do not see."""
+    shapes = (
+        (1, 2, 1, 33, 33, 32, True, False),
+        (1, 2, 2, 150, 150, 40, True, True),
+        (2, 4, 2, 70, 200, 64, True, True),
+        (1, 3, 1, 129, 61, 80, True, False),
+        (1, 2, 1, 65, 140, 96, False, True),
+        (1, 4, 1, 7, 131, 128, True, False),
+        (1, 1, 1, 67, 67, 255, False, False),
+        (1, 1, 1, 34, 70, 256, True, True),
+        (1, 2, 1, 0, 5, 32, True, False),
+        (1, 2, 1, 5, 0, 32, True, False),
+    )
+    for dtype, shape in product(DTYPES, shapes):
+        for _ in range(4):
+            fused_attention_case(dtype, *shape)
+
+
 def accumulated(total, parts):
     total = total.clone()
     ops.accumulate(total[:, 1:], parts)
@@ -342,6 +399,11 @@ def conversions():
 def refusals():
     x, w = torch.ones(4, 8), torch.ones(8)
     scale, labels, bad = torch.tensor(1.0), torch.zeros(4, dtype=torch.long), torch.tensor([0, 1, 8, 2])
+    x4 = x.expand(1, 2, 4, 8)
+
+    def fuse(q=x4, k=x4, v=x4, real=None, first=labels[None]):
+        return ops.fused_attention_fwd(q, k, v, real, first, 1.0, True)
+
     for call, word in (
         (lambda: ops.rms_norm_fwd(x.double(), w, EPS), "x is Double (4, 8)"),
         (lambda: ops.rms_norm_fwd(x.t(), w, EPS), "x is Float (8, 4) with strides (1, 8)"),
@@ -363,6 +425,13 @@ def refusals():
         (lambda: ops.attention_softmax(x[None], labels, labels.int(), None, 1.0), "last is Int (4)"),
         (lambda: ops.attention_softmax(x[None], labels, labels, w.half(), 1.0), "bias is Half (8)"),
         (lambda: ops.attention_softmax_bwd(x[None], x[None, :2], labels, labels, w, 1.0), "dp is Float (1, 2, 8)"),
+        (lambda: fuse(q=x4.double()), "q is Double (1, 2, 4, 8)"),
+        (lambda: fuse(k=x4[:, :, :, :7]), "k is Float (1, 2, 4, 7)"),
+        (lambda: fuse(k=x4[:, :0]), "k is Float (1, 0, 4, 8)"),
+        (lambda: fuse(v=x4.half()), "v is Half (1, 2, 4, 8)"),
+        (lambda: fuse(real=labels[None].byte()), "real is Byte (1, 4)"),
+        (lambda: fuse(first=labels[None].int()), "first is Int (1, 4)"),
+        (lambda: ops.fused_attention_bwd(x4, x4, x4, x4, x4, w, None, labels[None], 1.0, True), "lse is Float (8)"),
         (lambda: ops.tall_product(x.half(), x, None), "narrow is Half (4, 8)"),
         (lambda: ops.tall_product(x, x, labels[:, None].byte()[:3]), "mask is Byte (3, 1)"),
         (lambda: ops.accumulate(x[None], x[None, :2]), "total is Float (1, 4, 8)"),
@@ -378,7 +447,7 @@ def refusals():
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    kernels = (rms_norm, rope, swiglu, cross_entropy, dequantize_4bit, attention, accumulate, tall_product)
+    kernels = (rms_norm, rope, swiglu, cross_entropy, dequantize_4bit, attention, fused_attention, accumulate, tall_product)
     for test in (*kernels, conversions, refusals):
         test()
         assert not (over := [excess for budget in budgets.values() if (excess := budget.excess())]), over

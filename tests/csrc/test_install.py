@@ -85,7 +85,7 @@ def installed(record):
 )
 def test_the_command_names_where_fastlora_came_from(record, source, monkeypatch, tmp_path, caplog):
     """And the log has it, where the package has no csrc."""
-    monkeypatch.setattr(_library, "_EXTENSION", tmp_path / "site-packages/fastlora/_C.abi3.so")
+    monkeypatch.setattr(_library, "EXTENSION", tmp_path / "site-packages/fastlora/_C.abi3.so")
     monkeypatch.setattr(_library, "distribution", installed(record))
     monkeypatch.setattr(_library, "INTERPRET", False)
     monkeypatch.delenv("FASTLORA_CSRC", raising=False)
@@ -97,5 +97,5 @@ def test_the_command_names_where_fastlora_came_from(record, source, monkeypatch,
 
 def test_the_command_in_a_clone(monkeypatch, tmp_path):
     (tmp_path / "csrc").mkdir()
-    monkeypatch.setattr(_library, "_EXTENSION", tmp_path / "fastlora/_C.abi3.so")
+    monkeypatch.setattr(_library, "EXTENSION", tmp_path / "fastlora/_C.abi3.so")
     assert _library.build_command() == f"{COMMAND} -e {shlex.quote(str(tmp_path))}"

@@ -23,7 +23,7 @@ def run(isa: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "plain"])
+@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "plain"])
 def test_parity(isa):
     done = run(isa)
     if "this machine and build run:" in done.stderr:

@@ -2,6 +2,7 @@ import pytest
 import torch
 from ops.witness import FLOATS, called, check, perturbing, run
 
+from fastlora.kernels import _library, flash_attention_cpu
 from fastlora.kernels import flash_attention as launchers
 from fastlora.kernels._library import INTERPRET, implementations
 from fastlora.ops import flash_attention
@@ -309,6 +310,29 @@ def test_autocast():
 
 def test_runs_our_operators():
     assert called(flash_attention, make()) == {"flash_attention_fwd": 1, "flash_attention_bwd": 1}
+
+
+@pytest.mark.skipif(_library.csrc_state != "loaded", reason="csrc is not loaded")
+def test_which_runs_on_the_cpu(monkeypatch):
+    """The fused kernel, but for dropout, for a few queries in fp32, and in 16 bits on AMX."""
+    used = []
+    for name in ("slabs_fwd", "slabs_bwd"):
+        real = getattr(flash_attention_cpu, name)
+        monkeypatch.setattr(
+            flash_attention_cpu, name, lambda *args, name=name, real=real: used.append(name) or real(*args)
+        )
+    slabs = ["slabs_fwd", "slabs_bwd"]
+
+    def uses(amx, dtype, T=16, **options):
+        monkeypatch.setattr(flash_attention_cpu, "_has_amx", lambda: amx)
+        used.clear()
+        run(flash_attention, make(T=T, T_kv=16, dtype=dtype), **options)
+        return list(used)
+
+    assert [uses(False, dtype) for dtype in FLOATS] == [[], [], []]
+    assert [uses(True, dtype) for dtype in FLOATS] == [[], slabs, slabs]
+    assert [uses(False, dtype, T=15) for dtype in FLOATS] == [slabs, [], []]
+    assert [uses(False, dtype, dropout_p=0.1) for dtype in FLOATS] == [slabs] * 3
 
 
 def test_two_runs_are_bit_identical():

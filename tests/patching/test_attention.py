@@ -10,7 +10,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import fastlora
-from fastlora.kernels import _tiles
+from fastlora.kernels import _library, _tiles
 from fastlora.modules import flash_attn
 from fastlora.reference import flash_attention
 
@@ -39,9 +39,13 @@ def test_the_config_and_the_registries_stay():
 
 def test_explain_names_it(monkeypatch):
     model = fastlora.patch(llama())
-    assert attention_row(model).runs == "torch SDPA (plain), fastlora flash_attention (padded, packed)"
-    monkeypatch.setenv("FASTLORA_ATTENTION", "fastlora")
+    for forced, runs in (("fastlora", "fastlora flash_attention"), ("sdpa", "torch SDPA")):
+        monkeypatch.setenv("FASTLORA_ATTENTION", forced)
+        assert attention_row(model).runs == f"{runs} (plain, padded, packed)"
+    monkeypatch.delenv("FASTLORA_ATTENTION")
     assert attention_row(model).runs == "fastlora flash_attention (plain, padded, packed)"
+    monkeypatch.setattr(_library, "csrc_state", "not loaded")
+    assert attention_row(model).runs == "torch SDPA (plain), fastlora flash_attention (padded, packed)"
 
 
 @pytest.mark.parametrize("forced", ["fastlora", "sdpa"])

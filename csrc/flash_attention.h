@@ -49,7 +49,7 @@ struct Sizes {
         keys(rounded_up(a.keys, kKeys)),
         dim(rounded_up(a.dim, Vec::size)),
         row(dim / pair),
-        steps((a.dim + pair - 1) / pair),
+        steps(rounded_up((a.dim + pair - 1) / pair, 4)),
         panels((a.dim + kPanel - 1) / kPanel),
         regs((a.dim + Reg::size - 1) / Reg::size) {}
 

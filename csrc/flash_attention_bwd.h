@@ -61,8 +61,8 @@ struct Backward {
 
   void begin_keys(int64_t batch, int64_t head) {
     const T *k = head_of<T>(a.k, batch, head), *v = head_of<T>(a.v, batch, head);
-    pack_transposed(keys, buffer, sizes.row, k, a.k.token, a.keys, a.dim, sizes.keys);
-    pack_transposed(values, buffer, sizes.row, v, a.v.token, a.keys, a.dim, sizes.keys);
+    pack_transposed(keys, sizes.steps, buffer, sizes.row, k, a.k.token, a.keys, a.dim, sizes.keys);
+    pack_transposed(values, sizes.steps, buffer, sizes.row, v, a.v.token, a.keys, a.dim, sizes.keys);
     pack_columns(key_columns, k, a.k.token, a.keys, a.dim, sizes.keys);
     zero(dk, sizes.keys * sizes.dim);
     zero(dv, sizes.keys * sizes.dim);

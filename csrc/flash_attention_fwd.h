@@ -34,7 +34,7 @@ struct Forward {
         sums(scratch.take<float>(kQueries * sizes.dim)) {}
 
   void pack(int64_t batch, int64_t head) {
-    pack_transposed(keys, buffer, sizes.row, head_of<T>(a.k, batch, head), a.k.token, a.keys, a.dim, sizes.keys);
+    pack_transposed(keys, sizes.steps, buffer, sizes.row, head_of<T>(a.k, batch, head), a.k.token, a.keys, a.dim, sizes.keys);
     pack_columns(values, head_of<T>(a.v, batch, head), a.v.token, a.keys, a.dim, sizes.keys);
   }
 

@@ -159,15 +159,16 @@ void pack_rows(Unit* to, int64_t ld, const T* from, int64_t stride, int64_t rows
   }
 }
 
-// For B, along a row: panels of kPanel rows, transposed. buffer holds kPanel rows of ld units.
+// For B, along a row: panels of kPanel rows, transposed, each of `steps` steps, a multiple of four. buffer holds kPanel
+// rows of ld units.
 template <class T>
 void pack_transposed(
-    Unit* to, Unit* buffer, int64_t ld, const T* from, int64_t stride, int64_t rows, int64_t cols, int64_t padded) {
-  const int64_t steps = (cols + Operand<T>::pair - 1) / Operand<T>::pair;
+    Unit* to, int64_t steps, Unit* buffer, int64_t ld, const T* from, int64_t stride, int64_t rows, int64_t cols,
+    int64_t padded) {
   for (int64_t i = 0; i < padded; i += kPanel, to += steps * kPanel) {
     pack_rows(buffer, ld, from + i * stride, stride, rows - i, cols, kPanel);
-    for (int64_t s = 0; s < steps; ++s) {
-      for (int64_t j = 0; j < kPanel; ++j) to[s * kPanel + j] = buffer[j * ld + s];
+    for (int64_t s = 0; s < steps; s += 4) {
+      for (int64_t j = 0; j < kPanel; j += Reg::size) transpose4(buffer + j * ld + s, ld, to + s * kPanel + j, kPanel);
     }
   }
 }

@@ -13,8 +13,9 @@
 //   nearest_integer(v)          for |v| < 2^22
 //   times_exp2(a, n)            a * 2^n for integers n in [-252, 254]
 //   sum(v), largest(v)          over the lanes
+//   transpose4(from, stride, to, to_stride)   four columns of Reg::size rows of floats (or of pairs) become four rows
 //
-// Vec has the same. This header also adds the ends of rows, reductions and the exponential.
+// Vec has the same, but for the last. This header also adds the ends of rows, reductions and the exponential.
 #pragma once
 
 #include "kernels.h"

@@ -79,6 +79,23 @@ inline Reg times_exp2(Reg a, Reg integer) {
   return {_mm256_mul_ps(_mm256_mul_ps(a.v, _mm256_castsi256_ps(first)), _mm256_castsi256_ps(second))};
 }
 
+// Rows of four in the same place of every 128 bits, transposed there.
+inline void transpose4(const float* from, int64_t stride, float* to, int64_t to_stride) {
+  __m256 row[4];
+  for (int i = 0; i < 4; ++i) {
+    const float* p = from + i * stride;
+    row[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * stride), 1);
+  }
+  const __m256d lo01 = _mm256_castps_pd(_mm256_unpacklo_ps(row[0], row[1]));
+  const __m256d hi01 = _mm256_castps_pd(_mm256_unpackhi_ps(row[0], row[1]));
+  const __m256d lo23 = _mm256_castps_pd(_mm256_unpacklo_ps(row[2], row[3]));
+  const __m256d hi23 = _mm256_castps_pd(_mm256_unpackhi_ps(row[2], row[3]));
+  _mm256_storeu_ps(to, _mm256_castpd_ps(_mm256_unpacklo_pd(lo01, lo23)));
+  _mm256_storeu_ps(to + to_stride, _mm256_castpd_ps(_mm256_unpackhi_pd(lo01, lo23)));
+  _mm256_storeu_ps(to + 2 * to_stride, _mm256_castpd_ps(_mm256_unpacklo_pd(hi01, hi23)));
+  _mm256_storeu_ps(to + 3 * to_stride, _mm256_castpd_ps(_mm256_unpackhi_pd(hi01, hi23)));
+}
+
 inline float sum(Reg a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));

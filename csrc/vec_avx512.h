@@ -68,6 +68,26 @@ inline Reg keep(Reg a, uint32_t bits) { return {_mm512_maskz_mov_ps(static_cast<
 inline Reg nearest_integer(Reg a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Reg times_exp2(Reg a, Reg integer) { return {_mm512_scalef_ps(a.v, integer.v)}; }
 
+// Rows of four in the same place of every 128 bits, transposed there.
+inline void transpose4(const float* from, int64_t stride, float* to, int64_t to_stride) {
+  __m512 row[4];
+  for (int i = 0; i < 4; ++i) {
+    const float* p = from + i * stride;
+    row[i] = _mm512_castps128_ps512(_mm_loadu_ps(p));
+    row[i] = _mm512_insertf32x4(row[i], _mm_loadu_ps(p + 4 * stride), 1);
+    row[i] = _mm512_insertf32x4(row[i], _mm_loadu_ps(p + 8 * stride), 2);
+    row[i] = _mm512_insertf32x4(row[i], _mm_loadu_ps(p + 12 * stride), 3);
+  }
+  const __m512d lo01 = _mm512_castps_pd(_mm512_unpacklo_ps(row[0], row[1]));
+  const __m512d hi01 = _mm512_castps_pd(_mm512_unpackhi_ps(row[0], row[1]));
+  const __m512d lo23 = _mm512_castps_pd(_mm512_unpacklo_ps(row[2], row[3]));
+  const __m512d hi23 = _mm512_castps_pd(_mm512_unpackhi_ps(row[2], row[3]));
+  _mm512_storeu_ps(to, _mm512_castpd_ps(_mm512_unpacklo_pd(lo01, lo23)));
+  _mm512_storeu_ps(to + to_stride, _mm512_castpd_ps(_mm512_unpackhi_pd(lo01, lo23)));
+  _mm512_storeu_ps(to + 2 * to_stride, _mm512_castpd_ps(_mm512_unpacklo_pd(hi01, hi23)));
+  _mm512_storeu_ps(to + 3 * to_stride, _mm512_castpd_ps(_mm512_unpackhi_pd(hi01, hi23)));
+}
+
 inline float sum(Reg a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(Reg a) { return _mm512_reduce_max_ps(a.v); }
 

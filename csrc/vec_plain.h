@@ -120,6 +120,14 @@ inline Reg times_exp2(Reg a, Reg integer) {
   return {(a.v * first) * second};
 }
 
+inline void transpose4(const float* from, int64_t stride, float* to, int64_t to_stride) {
+  Reg row[4];
+  for (int i = 0; i < 4; ++i) row[i] = load_reg(from + i * stride);
+  for (int64_t i = 0; i < 4; ++i) {
+    store(to + i * to_stride, Reg{F32x4{row[0].v[i], row[1].v[i], row[2].v[i], row[3].v[i]}});
+  }
+}
+
 inline float sum(Reg a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 inline float largest(Reg a) {
   const float x = a.v[0] > a.v[2] ? a.v[0] : a.v[2], y = a.v[1] > a.v[3] ? a.v[1] : a.v[3];

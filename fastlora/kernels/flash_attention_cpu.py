@@ -1,9 +1,9 @@
 """Attention on the CPU, and where no tile runs: csrc's fused kernel, or slabs; `_fused` says which.
 
-A slab is BLOCK queries of a few heads, with all the keys they see. The products are the library's; between them one kernel scales, masks and normalises a slab in place. A slab holds whole
-rows of scores, so the softmax is the ordinary one and the backward repeats it: neither out nor lse is needed there. It
-stays in cache, and the query heads of a key head are rows of one product. Dropout draws slab after slab from a
-generator of its own, which the backward starts anew.
+A slab is BLOCK queries of a few heads, with all the keys they see. The products are the library's; between them one
+kernel scales, masks and normalises a slab in place. A slab holds whole rows of scores, so the softmax is the ordinary
+one and the backward repeats it: neither out nor lse is needed there. It stays in cache, and the query heads of a key
+head are rows of one product. Dropout draws slab after slab from a generator of its own, which the backward starts anew.
 """
 
 from __future__ import annotations
@@ -161,9 +161,9 @@ def _has_amx() -> bool:
 
 
 def _fused(q: torch.Tensor, generator: torch.Generator | None) -> bool:
-    """Whether csrc's kernel serves: not for dropout, which it has not; not in 16 bits where the processor has AMX, which
-    the library's products use and ours do not; and not in fp32 for a few queries, whose products the library takes for
-    dot products and rounds less."""
+    """Whether csrc's kernel serves (docs/decisions/attention-on-the-cpu.md): not for dropout, which it has not; not in
+    16 bits on AMX, which the library's products use and ours do not; nor in fp32 for a few queries, whose products the
+    library makes with a smaller error."""
     if _library.csrc_state != "loaded" or q.device.type != "cpu" or generator is not None:
         return False
     return q.shape[2] >= 16 if q.dtype == torch.float32 else not _has_amx()

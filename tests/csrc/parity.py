@@ -447,7 +447,17 @@ def refusals():
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    kernels = (rms_norm, rope, swiglu, cross_entropy, dequantize_4bit, attention, fused_attention, accumulate, tall_product)
+    kernels = (
+        rms_norm,
+        rope,
+        swiglu,
+        cross_entropy,
+        dequantize_4bit,
+        attention,
+        fused_attention,
+        accumulate,
+        tall_product,
+    )
     for test in (*kernels, conversions, refusals):
         test()
         assert not (over := [excess for budget in budgets.values() if (excess := budget.excess())]), over

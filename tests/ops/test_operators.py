@@ -77,7 +77,10 @@ def samples() -> dict[str, list[tuple]]:
         ],
         "attention_softmax": [(q.flatten(0, 1).contiguous(), keys, keys + 9, None, 0.2)],
         "attention_softmax_bwd": [(normal(3, 6, 7), normal(3, 6, 7), keys, keys + 2, normal(7), 0.2)],
-        "fused_attention_fwd": [(q, k, k, None, keys[None] - 3, 0.2, True), (q, k, k, real, (keys - 1).repeat(2, 1), 0.2, False)],
+        "fused_attention_fwd": [
+            (q, k, k, None, keys[None] - 3, 0.2, True),
+            (q, k, k, real, (keys - 1).repeat(2, 1), 0.2, False),
+        ],
         "fused_attention_bwd": [(out, q, k, k, out, lse, None, keys[None] * 0, 0.2, True)],
         "accumulate": [(normal(2, 6, 7), normal(4, 6, 7))],
         "tall_product": [(s, x, None), (s, half, mask)],

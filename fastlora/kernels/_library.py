@@ -134,7 +134,8 @@ def register(
 
 
 def runs_on_cpu(name: str) -> str:
-    """What the CPU key of ``fastlora::name`` runs: "triton (interpreter)", "csrc" or "aten"."""
+    """What the CPU key of ``fastlora::name`` runs: "triton (interpreter)", "csrc", or "aten": a composition, in which
+    other operators of ours may run."""
     if INTERPRET:
         return "triton (interpreter)"
     python_impls: set[str] = getattr(_library, "_op_impls", set())

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
+from fastlora.kernels import _library
 
 NAMES = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
 
@@ -119,6 +120,8 @@ FORWARD = {"rms_norm_project": 4, "lora_project": 2, "swiglu_project": 2, "lora_
 BACKWARD = {"rms_norm_bwd_reduce": 3, "swiglu_bwd_reduce": 2, "lora_project_t": 8, "lora_gemm_t": 7}
 BACKWARD |= {"lora_reduce": 3, "lora_reduce_t": 6}
 REST = {"rms_norm_fwd": 2, "rms_norm_bwd": 1, "rope": 2, "linear_cross_entropy_fwd": 1}
+if _library.csrc_state == "loaded":  # else, in fp32, attention is SDPA's
+    REST |= {"flash_attention_fwd": 2, "flash_attention_bwd": 2}
 
 
 def test_explain_says_what_ran():

@@ -356,8 +356,9 @@ def test_custom_mask():
     assert "mask" in row(model, ".self_attn.attention").why
 
 
-def test_attention_dropout():
-    """Where nothing is masked SDPA's, from the same seed: the same."""
+def test_attention_dropout(monkeypatch):
+    """SDPA's, from the same seed: the same."""
+    monkeypatch.setenv("FASTLORA_ATTENTION", "sdpa")
     seeded = partial(step, seed=1)
     model = lora(llama(attention_dropout=0.5))
     expected = seeded(model)["loss"]

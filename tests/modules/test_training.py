@@ -80,8 +80,9 @@ def check(name: str, dtype: torch.dtype = torch.float32, seeds: int = 4) -> str:
     found = [curves(name, seed, dtype) for seed in range(seeds)]
     for _, _, truth in found:
         assert truth[-4:].mean() < 0.95 * truth[:4].mean(), "nothing was learned"
-    # The median: on some seeds AdamW divides rounding by rounding, and whatever rounds differently drifts far.
-    ours = torch.stack([drift(ours, truth) for ours, _, truth in found]).median()
+    drifts = torch.stack([drift(ours, truth) for ours, _, truth in found])
+    # With dropout AdamW divides rounding by rounding on some seeds, where whatever rounds differently drifts far.
+    ours = drifts.median() if name == "dropout" else drifts.square().mean().sqrt()
     eager = max(drift(eager, truth) for _, eager, truth in found)
     rounding = torch.stack([drift(truth.float(), truth) for _, _, truth in found]).square().mean().sqrt()
     figures = f"{name}, {dtype}: drift {ours:.2e}, unpatched {eager:.2e}, rounding {rounding:.1e}"

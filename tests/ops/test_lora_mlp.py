@@ -106,7 +106,9 @@ def check(case, make=None, incoming=random_incoming, seen=None):
 
 
 @DTYPES
-@pytest.mark.parametrize(("M", "K", "F"), [(1, 24, 40), (7, 24, 40), (9, 33, 37), (0, 24, 40), (70, 40, 130)])
+@pytest.mark.parametrize(
+    ("M", "K", "F"), [(1, 24, 40), (7, 24, 40), (9, 33, 37), (0, 24, 40), (70, 40, 130), (521, 9, 17)]
+)
 @pytest.mark.parametrize("normed", [False, True])
 def test_sizes(normed, M, K, F, dtype):
     if M == 1 and dtype == torch.float32:
@@ -129,6 +131,7 @@ def test_ranks(ranks, dtype):
 def test_dropout(rate, dtype):
     check(Case(9, 37, 45, rate=rate, dtype=dtype, norm=dtype))
     check(Case(9, 37, 45, ranks=((3,), (), (4, 3)), rate=rate, dtype=dtype))
+    check(Case(521, 9, 17, rate=rate, dtype=dtype))  # more rows than are made of h at a time
 
 
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)

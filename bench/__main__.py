@@ -7,8 +7,11 @@
     python -m bench launches              kernels per layer and step; bytes moved outside the big products (traffic)
     python -m bench tune                  tiles and libraries against each other, per kernel call
     python -m bench report                Markdown tables and plots of what was measured
+    python -m bench rows FOLDER           measured rows into fastlora/kernels/_rows.py
     python -m bench compare A B           was B slower than A? exit status 1 if so
-    python -m bench gpu                   the nine-minute pass over one GPU
+    python -m bench precompile            machine code for a GPU elsewhere, into Triton's cache
+    python -m bench parity                a patched model against float64, dtype by dtype, and its greedy tokens
+    python -m bench gpu                   what one GPU must answer, in seven minutes; gpu --more: in five more
 
 Every command but the last three has --help of its own.
 """
@@ -21,7 +24,7 @@ import warnings
 
 from fastlora.kernels import _tiles
 
-from . import machine
+from . import machine, precompile
 from .cli import common_options, new_parser, open_sink
 from .harness import measure
 from .ops import NAMES, cases
@@ -49,11 +52,13 @@ def _ops(argv: list[str]) -> int:
     for dtype in args.dtype:
         ceilings = machine.ceilings(args.device, dtype, args.quick)
         print(f"{dtype}: {ceilings.bandwidth / 1e9:,.0f} GB/s copied, {ceilings.flops / 1e12:,.2f} TFLOP/s multiplied")
-        for op in args.op or NAMES:
-            for case in cases(op, args.device, dtype, args.quick):
-                for line in measure(case, args.device, dtype, ceilings, args.seconds, args.providers):
-                    sink.write(line | {"ceilings": ceilings._asdict()})
-                    red += line["parity"] is False and line["provider"].startswith("fastlora")
+        every = [case for op in args.op or NAMES for case in cases(op, args.device, dtype, args.quick)]
+        if args.device == "cuda":
+            precompile.compile_all(precompile.of_ops(every, dtype))
+        for case in every:
+            for line in measure(case, args.device, dtype, ceilings, args.seconds, args.providers):
+                sink.write(line | {"ceilings": ceilings._asdict()})
+                red += line["parity"] is False and line["provider"].startswith("fastlora")
     for words in _tiles.given_up():  # green or not, it was another's work that was measured
         print(f"RED   does not run here: {words}")
         red += 1
@@ -67,9 +72,8 @@ def _load(module: str):
     return run
 
 
-_COMMANDS = {"ops": _ops} | {
-    name: _load(name) for name in ("train_step", "saved_bytes", "launches", "tune", "report", "compare", "gpu")
-}
+_MODULES = ("train_step", "saved_bytes", "launches", "tune", "report", "compare", "rows", "precompile", "parity", "gpu")
+_COMMANDS = {"ops": _ops} | {name: _load(name) for name in _MODULES}
 _COMMANDS["traffic"] = _COMMANDS["launches"]
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 launches  operators that would start a kernel. ATen: every operator but views, detach and bare allocation, one each
           (FlashAttention's backward is one operator and three kernels; a reduction may take two). fastlora: every
-          Triton launch of its CUDA path on an A100, and the ATen operators its launchers call. AdamW, the loss, the
-          embedding and the all-layer rotary tables are not part of a layer.
+          Triton launch of its CUDA path on an A100, and the ATen operators its launchers call; with
+          FASTLORA_GEMM=addmm, what runs on a GPU where nothing was measured. AdamW, the loss, the embedding and the
+          all-layer rotary tables are not part of a layer.
 traffic   bytes of every input and output of those launches, each tensor once per launch; a tensor updated in place
           counts as both for ATen and once for Triton, and broadcast inputs at their own size. Four classes: base
           products; skinny products (a dimension of at most 512, LoRA's own); attention; elementwise, which is the rest.
@@ -22,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from . import layer, models
 from .cli import common_options, new_parser, open_sink
+from .providers import environment
 
 CLASSES = ("base", "skinny", "attention", "elementwise")
 _SKINNY = 512  # the largest rank fastlora takes
@@ -48,8 +50,8 @@ class Count(layer.TorchDispatchMode):
                 return layer.run_launcher(function, args, kwargs)
         result = function(*args, **kwargs)
         name = function._opname
-        if function.namespace == "aten" and name not in _NO_LAUNCH and not _is_view(function):
-            inputs, outputs = _tensors((args, kwargs)), _tensors(result)
+        inputs, outputs = _tensors((args, kwargs)), _tensors(result)
+        if function.namespace == "aten" and name not in _NO_LAUNCH and not _is_view(function, inputs, outputs):
             if any(t.device.type == self._device for t in outputs):
                 self._add(_aten_class(name, inputs), name, inputs + outputs)
         return result
@@ -74,10 +76,12 @@ class Count(layer.TorchDispatchMode):
 
 def count(provider: str, model: str, dtype: torch.dtype, tokens: int = 4096, rank: int = 16) -> Count:
     """One training step of one layer of a provider, counted."""
-    one = layer.Layer(layer.BY_NAME[provider], models.shape(model), dtype, tokens, rank)
-    counter = Count(one.x.device.type)
-    with layer.traced(counter, counter.launch):
-        one.backward(one.forward())
+    builds = layer.BY_NAME[provider]
+    with environment(builds.environment):
+        one = layer.Layer(builds, models.shape(model), dtype, tokens, rank)
+        counter = Count(one.x.device.type)
+        with layer.traced(counter, counter.launch):
+            one.backward(one.forward())
     return counter
 
 
@@ -91,7 +95,7 @@ def main(argv: list[str]) -> int:
     sink = open_sink(args, "launches")
     for model in args.model.split(","):
         for dtype in args.dtype:
-            for provider in layer.by_name(args.providers):
+            for provider in layer.by_name(args.providers or (*layer.PROVIDERS, "fastlora-addmm")):
                 line = {
                     "bench": "launches", "op": model, "shape": {"M": args.tokens, "r": args.rank},
                     "dtype": str(dtype).removeprefix("torch."), "provider": provider.name, "title": provider.title,
@@ -116,10 +120,13 @@ def _size(tensor: torch.Tensor) -> int:
     return numel * tensor.element_size()
 
 
-def _is_view(function: Any) -> bool:
-    """Returns an alias of an input that it does not write."""
+def _is_view(function: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> bool:
+    """Returns an alias of an input that it does not write; ``to`` and ``reshape`` do so, or copy."""
     returns = function._schema.returns
-    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    if not returns or not all(r.alias_info is not None and not r.alias_info.is_write for r in returns):
+        return False
+    storages = {t.untyped_storage()._cdata for t in inputs}
+    return all(t.untyped_storage()._cdata in storages for t in outputs)
 
 
 def _aten_class(name: str, inputs: list[torch.Tensor]) -> str:

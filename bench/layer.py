@@ -9,7 +9,6 @@ FlashAttention operator that scaled_dot_product_attention takes on an A100.
 from __future__ import annotations
 
 import importlib
-import os
 import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -22,6 +21,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastlora.kernels import _tiles
 
 from . import models
 from .step_providers import BY_NAME, StepProvider
@@ -40,13 +41,21 @@ def why_not(provider: StepProvider, dtype: torch.dtype) -> str | None:
 class Layer:
     """The layer of one provider, its input and its rotary tables; ``forward`` and ``backward`` run one step of it."""
 
-    def __init__(self, provider: StepProvider, shape: models.Shape, dtype: torch.dtype, tokens: int, rank: int) -> None:
+    def __init__(
+        self,
+        provider: StepProvider,
+        shape: models.Shape,
+        dtype: torch.dtype,
+        tokens: int,
+        rank: int,
+        dropout: float = 0.0,
+    ) -> None:
         self._on_meta = "fastlora" in provider.name
         self._autocast = not self._on_meta and provider.fp32_adapters and dtype != torch.float32
         self._mode = nullcontext() if self._on_meta else FakeTensorMode()
         shape = models.Shape(shape.hidden, shape.ffn, 1, shape.heads, shape.kv_heads, vocab=32)
         with torch.device("meta"):
-            model = provider.build(models.base_model(shape, dtype, "meta"), rank, 0.0)
+            model = provider.build(models.base_model(shape, dtype, "meta"), rank, dropout)
         self.module = model.base_model.model.model.layers[0]
         if not self._on_meta:
             _move(model, self._mode)
@@ -72,21 +81,34 @@ class Layer:
 
 
 @contextmanager
-def traced(dispatch: TorchDispatchMode, launch: Launch) -> Iterator[None]:
-    """Run a Layer within: every ATen operator goes through ``dispatch``, every Triton launch to ``launch``."""
+def traced(dispatch: TorchDispatchMode, launch: Launch, arch: int = 80) -> Iterator[None]:
+    """Run a Layer within: every ATen operator goes through ``dispatch``, every Triton launch to ``launch``.
+
+    arch: the GPU whose tiles are chosen, whichever is there; an A100 unless told.
+    """
     with ExitStack() as stack:
         for module in _kernel_modules():
             if hasattr(module, "launch"):
                 stack.enter_context(mock.patch.object(module, "launch", launch))
-        # Meta tensors have no autocast to ask about; tiles are an A100's, whatever GPU is there.
+        # Meta tensors have no autocast to ask about.
         asked = torch.is_autocast_enabled
         stack.enter_context(
             mock.patch.object(torch, "is_autocast_enabled", lambda d=None: d != "meta" and asked(*filter(None, [d])))
         )
-        stack.enter_context(mock.patch.dict(os.environ, {"TRITON_OVERRIDE_ARCH": "sm80"}))
+        stack.enter_context(_tiles.assumed_arch(arch))
         stack.enter_context(_FlashAttention())
         stack.enter_context(dispatch)
         yield
+
+
+class Through(TorchDispatchMode):
+    """Runs fastlora's operators through their launchers, and everything else as it is."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "fastlora":
+            with self:
+                return run_launcher(function, args, kwargs or {})
+        return function(*args, **(kwargs or {}))
 
 
 def run_launcher(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from fastlora import planning
+from fastlora import planning, reference
 from fastlora.planning.shapes import PROJECTIONS, Shape
 
 FORMULA = "tokens · (4·(layers·projections + V·H) + 3.5·2·T·H·layers)"
@@ -65,6 +65,36 @@ def base_model(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> 
     with torch.device(device):
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model
+
+
+def in_4_bits(model: nn.Module, quant_type: str) -> nn.Module:
+    """The model with its projections as bitsandbytes keeps them, doubly quantised; the head stays as it is.
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+    """
+    import bitsandbytes as bnb
+
+    for layer in list(model.modules()):
+        for name, linear in list(layer.named_children()):
+            if name not in PROJECTIONS:
+                continue
+            weight = linear.weight.data
+            options = {"compress_statistics": True, "quant_type": quant_type}
+            sizes = linear.in_features, linear.out_features
+            packed = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=weight.dtype, device="meta", **options)
+            packed.weight = bnb.nn.Params4bit(weight.cpu(), requires_grad=False, module=packed, **options)
+            setattr(layer, name, packed.to(weight.device))
+    model.is_loaded_in_4bit = True
+    return model
+
+
+def frozen_weight(module: nn.Module) -> torch.Tensor:
+    """The weight of a projection as its products see it, (N, K)."""
+    state = getattr(module.weight, "quant_state", None)
+    if state is None:
+        return module.weight.detach()
+    return reference.dequantize_4bit(module.weight, state, module.compute_dtype)
 
 
 def shared_copy(model: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from . import profiling
 from .record import Record, group
 
 # One colour per provider in every plot; ours stands out, variants of one provider share a hue.
@@ -30,7 +31,7 @@ def draw(folder: Path, records: list[Record]) -> dict[str, str]:
 
     matplotlib.use("Agg")
     drawn = {}
-    for kind, plot in (("train_step", _train_step), ("memory", _memory), ("ops", _ops), ("roofline", _roofline)):
+    for kind, plot in _PLOTS.items():
         figure = plot(records)
         if figure is not None:
             figure.savefig(folder / f"{kind}.png", dpi=110, bbox_inches="tight")
@@ -81,9 +82,7 @@ def _train_step(records: list[Record]):
         # Tokens per second at the p20 and p80 of the time.
         low = [v - v * r["ms"]["median"] / r["ms"]["p80"] for v, r in zip(values, some, strict=True)]
         high = [v * r["ms"]["median"] / r["ms"]["p20"] - v for v, r in zip(values, some, strict=True)]
-        shape = some[0]["shape"]
-        title = f"{key[1]}, {shape['B']}×{shape['T']}, {key[3]} {key[4]}".rstrip()
-        _bars(axis, some, values, [low, high], title, "tokens per second")
+        _bars(axis, some, values, [low, high], _step_title(key, some[0]), "tokens per second")
         slowest = next((r["tokens_per_s"] for r in some if r["provider"] == "peft"), None)
         for i, (value, top) in enumerate(zip(values, high, strict=True)):
             if slowest:
@@ -117,6 +116,46 @@ def _memory(records: list[Record]):
     return figure
 
 
+def _profile(records: list[Record]):
+    """A bar of each profiled step, by kind of kernel, and the time in which no kernel runs."""
+    groups = {key: [r for r in some if r.get("profile")] for key, some in _timed(records, "train_step").items()}
+    groups = {key: some for key, some in groups.items() if some}
+    if not groups:
+        return None
+    from matplotlib.patches import Patch
+
+    names = [*profiling.KINDS, profiling.REST]
+    shades = dict(
+        zip(names, ("#3c887e", "#e0a458", "#9a9a9a", "#d1495b", "#30638e", "#8d6a9f", "#c9b79c"), strict=True)
+    )
+    most = max(map(len, groups.values()))
+    figure, axes = _panels(len(groups), 0.9 + 0.36 * most)
+    for axis, (key, some) in zip(axes, groups.items(), strict=True):
+        for i, r in enumerate(some):
+            left = 0.0
+            for name, ms in profiling.by_kind(r["profile"]["kernels"]).items():
+                axis.barh(i, ms, left=left, color=shades[name])
+                left += ms
+            if (idle := r["ms"]["median"] - left) > 0 and r["profile"]["device"] == "cuda":
+                axis.barh(i, idle, left=left, color="white", edgecolor=_OTHERS, hatch="///", lw=0.5)
+        axis.set_yticks(range(len(some)), [r["provider"] for r in some])
+        axis.set_ylim(most - 0.5, -0.5)
+        axis.set_title(_step_title(key, some[0]), fontsize=10, loc="left")
+        axis.set_xlabel("ms of a step", fontsize=9)
+    used = {name for some in groups.values() for r in some for name in profiling.by_kind(r["profile"]["kernels"])}
+    keys = [Patch(color=shades[name], label=name) for name in names if name in used]
+    if any(r["profile"]["device"] == "cuda" for some in groups.values() for r in some):
+        keys.append(Patch(facecolor="white", edgecolor=_OTHERS, hatch="///", label="no kernel runs"))
+    figure.tight_layout()
+    figure.legend(handles=keys, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=4, fontsize=8, frameon=False)
+    return figure
+
+
+def _step_title(key: tuple[str, ...], r: Record) -> str:
+    shape = r["shape"]
+    return f"{key[1]}, {shape['layers']} layers, {shape['B']}×{shape['T']}, r={shape['r']}, {key[3]} {key[4]}".rstrip()
+
+
 def _best(r: Record) -> float:
     return min(r["ms"]["median"], (r.get("graph_ms") or r["ms"])["median"])
 
@@ -125,6 +164,8 @@ def _ops(records: list[Record]):
     """The widest mode of every op at its largest shape."""
     last = {}
     for key, some in _timed(records, "op").items():
+        if key[4] not in _MODES:  # the code of another architecture
+            continue
         if len(some) > 1 and (key[4] == "full" or (key[1].startswith("lora_") and key[1] != "lora_linear")):
             last[key[1], key[3]] = key, some
     if not last:
@@ -153,7 +194,8 @@ def _ops(records: list[Record]):
 
 
 def _roofline(records: list[Record]):
-    some = [r for r in records if r["bench"] == "op" and r.get("ms") and r.get("bytes") and r.get("flops")]
+    timed = [r for r in records if r["bench"] == "op" and r["mode"] in _MODES and r.get("ms")]
+    some = [r for r in timed if r.get("bytes") and r.get("flops")]
     shown = [r for r in some if r["provider"].startswith("fastlora") or r["provider"] in ("eager", "torch.compile")]
     if not shown:
         return None
@@ -182,3 +224,6 @@ def _roofline(records: list[Record]):
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
+
+
+_PLOTS = {"train_step": _train_step, "memory": _memory, "profile": _profile, "ops": _ops, "roofline": _roofline}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ class Sink:
 def load(path: Path) -> tuple[list[Record], list[Record]]:
     """The machine lines and the measurements of a results file, or of every ``*.jsonl`` of a folder.
 
+    A provisional measurement is left out where the same file holds one that takes its place.
+
     Raises:
         FileNotFoundError: there is no such file, or no results in the folder.
     """
@@ -43,13 +46,20 @@ def load(path: Path) -> tuple[list[Record], list[Record]]:
         raise FileNotFoundError(f"{path} holds no *.jsonl")
     records: list[Record] = []
     for file in files:
-        # A run that was cut off leaves half a line at the end.
-        for line in file.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
+        records += _current(list(_lines(file)))
     return [r for r in records if r["bench"] == "machine"], [r for r in records if r["bench"] != "machine"]
+
+
+def _lines(file: Path) -> Iterator[Record]:
+    for line in file.read_text().splitlines():
+        # A run that was cut off leaves half a line at the end.
+        with contextlib.suppress(json.JSONDecodeError):
+            yield json.loads(line)
+
+
+def _current(records: list[Record]) -> list[Record]:
+    final = {(*group(r), r["provider"]) for r in records if r["bench"] == "train_step" and not r.get("provisional")}
+    return [r for r in records if not r.get("provisional") or (*group(r), r["provider"]) not in final]
 
 
 def shape_text(shape: Record) -> str:
@@ -59,6 +69,23 @@ def shape_text(shape: Record) -> str:
 def group(record: Record) -> tuple[str, ...]:
     """What the providers of one comparison have in common."""
     return (record["bench"], record["op"], shape_text(record["shape"]), record["dtype"], record.get("mode", ""))
+
+
+def grouped(records: list[Record], bench: str) -> dict[tuple[str, ...], list[Record]]:
+    """Records of one bench by what their providers have in common, in the order they were measured."""
+    groups: dict[tuple[str, ...], list[Record]] = {}
+    for r in records:
+        if r["bench"] == bench:
+            groups.setdefault(group(r), []).append(r)
+    return groups
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table without the columns that are empty in every row."""
+    kept = [i for i in range(len(head)) if i < 1 or any(row[i] for row in rows)]
+    lines = [[head[i] for i in kept], ["---" if i < 1 else "---:" for i in kept]]
+    lines += [[row[i] for i in kept] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def spread(ms: Iterable[float]) -> Record:
@@ -91,11 +118,18 @@ def sentence(record: Record) -> str:
         text += f"  graph {record['graph_ms']['median']:.3f} ms"
     if record.get("fraction"):
         text += f"  {record['fraction']:4.0%} of floor"
+    if record.get("provisional"):
+        text += "  alone"
     if record.get("tokens_per_s"):
         text += f"  {record['tokens_per_s']:,.0f} tok/s"
+    if record.get("profile"):
+        found = record["profile"]
+        text += f"  {found['launches']} launches, busy {found['busy_ms']:.2f} ms, host {found['host_ms']:.2f} ms"
     for name, unit in (("saved_bytes", "saved"), ("peak_bytes", "peak")):
         if record.get(name) is not None:
             text += f"  {unit} {record[name] / 2**20:,.1f} MiB"
+    if record.get("parity") and record.get("gate"):
+        text += "  " + " ".join(f"{name} {value:g}" for name, value in record["gate"].items()) + " of the budget"
     for name, value in record.get("figures", {}).items():
         text += f"  {name} {value:,.6g}"
     return text

@@ -1,72 +1,114 @@
 """Markdown tables and plots of what was measured on one machine: report.md and PNG files beside the results.
 
 With --readme FILE the short form (training steps, memory, launches) also replaces what stands in FILE between the lines
-<!-- bench:begin --> and <!-- bench:end -->.
+<!-- bench:begin --> and <!-- bench:end -->; of several folders one after the other. With --performance FILE the
+profiles replace what stands there between <!-- profile:begin --> and <!-- profile:end -->.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
-from . import machine, record
+from . import machine, record, step_report
 from .cli import new_parser
-from .record import Record, group, load
+from .record import Record, grouped, load, table
 
-_BEGIN, _END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+class Measured(NamedTuple):
+    """What is known of one machine: its folder, its machine lines and records, and its plots by kind."""
+
+    folder: Path
+    machines: list[Record]
+    records: list[Record]
+    drawn: dict[str, str]
 
 
 def main(argv: list[str]) -> int:
     parser = new_parser("report", __doc__)
-    parser.add_argument("folder", type=Path, nargs="?", help="default: this machine's, under bench/results")
+    parser.add_argument("folder", type=Path, nargs="*", help="default: this machine's, under bench/results")
     parser.add_argument("--readme", type=Path, help="file to put the short form into")
+    parser.add_argument("--performance", type=Path, help="file to put the profiles into")
     args = parser.parse_args(argv)
-    folder = args.folder or record.RESULTS / machine.slug(machine.default_device())
     try:
-        machines, records = load(folder)
+        folders = args.folder or [record.RESULTS / machine.slug(machine.default_device())]
+        found = [Measured(folder, *load(folder), {}) for folder in folders]
     except FileNotFoundError as error:
         parser.error(f"{error}: measure first, or name another folder")
-    from . import plots
-
-    # The text first: plots take their time, and matplotlib may not be there.
-    (folder / "report.md").write_text(_full(machines, records, {}))
-    drawn = plots.draw(folder, records)
-    (folder / "report.md").write_text(_full(machines, records, drawn))
+    for i, one in enumerate(found):
+        found[i] = written = _write(one)
+        print(f"{written.folder / 'report.md'} and {', '.join(written.drawn.values()) or 'no plots'}")
     if args.readme:
-        _put(args.readme, _short(machines, records, drawn, os.path.relpath(folder, args.readme.parent)))
-    print(f"{folder / 'report.md'} and {', '.join(drawn.values()) or 'no plots'}")
+        _put(args.readme, "bench", _join(_short(one, args.readme.parent) for one in found))
+    if args.performance:
+        _put(args.performance, "profile", _join(_profiles(one, args.performance.parent) for one in found))
     return 0
 
 
-def _full(machines: list[Record], records: list[Record], drawn: dict[str, str]) -> str:
-    parts = ["# Measurements", machine_text(machines)]
-    parts += _pictures(drawn, ".", ("train_step", "memory"))
-    parts += [train_step(records), figures(records), _pictures(drawn, ".", ("ops", "roofline")), ops(records)]
-    return _join(parts)
+def _write(one: Measured) -> Measured:
+    from . import plots
+
+    # The text first: plots take their time, and matplotlib may not be there.
+    (one.folder / "report.md").write_text(_full(one))
+    one = one._replace(drawn=plots.draw(one.folder, one.records))
+    (one.folder / "report.md").write_text(_full(one))
+    return one
 
 
-def _short(machines: list[Record], records: list[Record], drawn: dict[str, str], folder: str) -> str:
+def _full(one: Measured) -> str:
+    records, drawn = one.records, one.drawn
     return _join(
         [
-            machine_text(machines),
-            _pictures(drawn, folder, ("train_step", "memory")),
-            train_step(records),
+            "# Measurements",
+            machine_text(one.machines),
+            _pictures(drawn, ".", ("train_step", "memory")),
+            step_report.train_step(records),
+            step_report.plan(records),
+            _pictures(drawn, ".", ("profile",)),
+            step_report.profiles(records),
+            step_report.parity(records),
             figures(records),
+            _pictures(drawn, ".", ("ops", "roofline")),
+            ops(records),
+            stages(records),
         ]
     )
 
 
+def _short(one: Measured, beside: Path) -> str:
+    folder = os.path.relpath(one.folder, beside)
+    whole = f"Every setting, with p20 and p80, memory, floors and energy: [{folder}/report.md]({folder}/report.md)."
+    return _join(
+        [
+            machine_text(one.machines),
+            _pictures(one.drawn, folder, ("train_step", "memory")),
+            step_report.summary(one.records),
+            whole,
+            figures(one.records),
+        ]
+    )
+
+
+def _profiles(one: Measured, beside: Path) -> str:
+    text = step_report.profiles(one.records)
+    if not text:
+        return ""
+    return _join([machine_text(one.machines), _pictures(one.drawn, os.path.relpath(one.folder, beside), ("profile",)),
+                  text])  # fmt: skip
+
+
 def _join(parts: Iterable[str | list[str]]) -> str:
     flat = [p for part in parts for p in (part if isinstance(part, list) else [part]) if p]
-    return "\n\n".join(flat) + "\n"
+    return "\n\n".join(part.strip() for part in flat) + "\n"
 
 
 def _pictures(drawn: dict[str, str], folder: str, names: Iterable[str]) -> list[str]:
     titles = {
         "train_step": "Training steps: tokens per second, whiskers from p20 to p80",
         "memory": "Peak memory of a training step against its tokens",
+        "profile": "Where the time of a training step goes, by kind of kernel",
         "ops": "Single operators, forward and backward",
         "roofline": "Achieved FLOP/s against arithmetic intensity",
     }
@@ -91,40 +133,6 @@ def machine_text(machines: list[Record]) -> str:
         commits = ", ".join(dict.fromkeys(m["commit"] for m in same))
         texts.append(f"{text} Measured at {commits} on {', '.join(dict.fromkeys(m['time'][:10] for m in same))}.")
     return "\n\n".join(texts)
-
-
-def train_step(records: list[Record]) -> str:
-    """One table per setting, providers by speed; who could not run, and why, beneath."""
-    parts = []
-    # Memory may have been measured by a run of its own.
-    peaks = {(group(r), r["provider"]): r["peak_bytes"] for r in records if r.get("peak_bytes")}
-    for key, some in grouped(records, "train_step").items():
-        if not any(r.get("ms") for r in some):
-            continue
-        eager = next((r["ms"]["median"] for r in some if r["provider"] == "peft" and r.get("ms")), None)
-        rows = []
-        for r in sorted((r for r in some if r.get("ms")), key=lambda r: -r["ms"]["median"]):
-            ms = r["ms"]
-            rows.append(
-                (
-                    r["title"],
-                    f"{ms['median']:,.0f} [{ms['p20']:,.0f}, {ms['p80']:,.0f}]",
-                    f"{r['tokens_per_s']:,.0f}",
-                    f"{eager / ms['median']:.2f}×" if eager else "",
-                    f"{r['fraction']:.0%}",
-                    f"{r['mfu']:.0%}",
-                    f"{peak / 2**20:,.0f}" if (peak := peaks.get((key, r["provider"]))) else "",
-                    str(r.get("largest_batch", "")),
-                )
-            )
-        head = ("", "ms [p20, p80]", "tokens/s", "against PEFT", "of floor", "MFU", "peak MiB", "largest batch")
-        parts += [f"**Training step, {_setting(key)}**", table(head, rows), _refused(some)]
-    if parts:
-        parts.append(
-            "Floor: the frozen products alone, timed in the same turns. MFU: against the rate of a large square "
-            "product measured in the same run. Peak: one step above the loaded model."
-        )
-    return _join(parts).strip()
 
 
 def figures(records: list[Record]) -> str:
@@ -171,40 +179,20 @@ def ops(records: list[Record]) -> str:
             if r.get("ms")
         ]
         head = ("", "ms [p20, p80]", "CUDA graph ms", "of floor", "saved MiB", "peak MiB")
-        parts += [f"**{key[1]}, {key[4]}, {key[2]}, {key[3]}**", table(head, rows), _refused(some)]
+        parts += [f"**{key[1]}, {key[4]}, {key[2]}, {key[3]}**", table(head, rows), step_report.refused(some)]
     return _join(parts).strip()
 
 
-def _setting(key: tuple[str, ...]) -> str:
-    _, model, shape, dtype, mode = key
-    B, T, layers, rank = (re.search(rf"{n}=(\d+)", shape).group(1) for n in ("B", "T", "layers", "r"))
-    return f"{model} ({layers} layers), {B}×{T} tokens, {dtype}, r={rank}" + (f", {mode}" if mode else "")
+def stages(records: list[Record]) -> str:
+    """How the stages of ``bench gpu`` ended."""
+    rows = [(r["op"], r["verdict"], f"{r['seconds']:.0f}") for r in records if r["bench"] == "stage"]
+    return _join(["**Stages**", table(("", "", "seconds"), rows)]).strip() if rows else ""
 
 
-def _refused(some: list[Record]) -> str:
-    return "; ".join(f"{r.get('title') or r['provider']}: {r['why']}" for r in some if r.get("why"))
-
-
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table without the columns that are empty in every row."""
-    kept = [i for i in range(len(head)) if i < 1 or any(row[i] for row in rows)]
-    lines = [[head[i] for i in kept], ["---" if i < 1 else "---:" for i in kept]]
-    lines += [[row[i] for i in kept] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def grouped(records: list[Record], bench: str) -> dict[tuple[str, ...], list[Record]]:
-    """Records of one bench by what their providers have in common, in the order they were measured."""
-    groups: dict[tuple[str, ...], list[Record]] = {}
-    for r in records:
-        if r["bench"] == bench:
-            groups.setdefault(group(r), []).append(r)
-    return groups
-
-
-def _put(readme: Path, text: str) -> None:
-    old = readme.read_text()
-    if _BEGIN not in old or _END not in old:
-        raise SystemExit(f"{readme} has no lines {_BEGIN} and {_END}")
-    before, rest = old.split(_BEGIN, 1)
-    readme.write_text(f"{before}{_BEGIN}\n\n{text}\n{_END}{rest.split(_END, 1)[1]}")
+def _put(file: Path, name: str, text: str) -> None:
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    old = file.read_text()
+    if begin not in old or end not in old:
+        raise SystemExit(f"{file} has no lines {begin} and {end}")
+    before, rest = old.split(begin, 1)
+    file.write_text(f"{before}{begin}\n\n{text}\n{end}{rest.split(end, 1)[1]}")

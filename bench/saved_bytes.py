@@ -21,7 +21,7 @@ def count(provider: str, model: str, dtype: torch.dtype, rank: int = 16, tokens:
     kept = []
     for n in (tokens, 2 * tokens):
         one = layer.Layer(layer.BY_NAME[provider], models.shape(model), dtype, n, rank)
-        with layer.traced(_Through(), lambda *args, **kwargs: None), SavedBytes(one.weights()) as saved:
+        with layer.traced(layer.Through(), lambda *args, **kwargs: None), SavedBytes(one.weights()) as saved:
             y = one.forward()
         kept.append(saved.bytes)
         del y
@@ -49,13 +49,3 @@ def main(argv: list[str]) -> int:
                     line["figures"] = {"bytes/token/layer": per_token, "bytes/layer": beside}
                 sink.write(line | {"why": why})
     return 0
-
-
-class _Through(layer.TorchDispatchMode):
-    """Runs fastlora's operators through their launchers, and everything else as it is."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "fastlora":
-            with self:
-                return layer.run_launcher(function, args, kwargs or {})
-        return function(*args, **(kwargs or {}))

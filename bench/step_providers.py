@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from fastlora.kernels import _tiles
 
 from . import models
 from .providers import why_no_package
@@ -52,6 +55,7 @@ class StepProvider(NamedTuple):
         before: what happens to the Hugging Face model before get_peft_model.
         after: what happens to the PEFT model.
         package: what must be installed, and needs a GPU; None for nothing.
+        environment: variables set while it is built and while it runs.
         yardstick: the provider whose error is the budget: eager, with adapters of the same dtype.
     """
 
@@ -62,6 +66,7 @@ class StepProvider(NamedTuple):
     before: Callable[[nn.Module], nn.Module] = _same
     after: Callable[[nn.Module], nn.Module] = _same
     package: str | None = None
+    environment: Mapping[str, str] = MappingProxyType({})
 
     def why_not(self, device: str, dtype: torch.dtype) -> str | None:
         """Why it cannot run here; None where it can."""
@@ -96,6 +101,11 @@ PROVIDERS = (
                  before=_liger, package="liger_kernel"),
     StepProvider("fastlora", "fastlora: fp32 adapters", True, "peft", after=_fastlora),
     StepProvider("fastlora-bf16", "fastlora, adapters in the model's dtype", False, "peft-bf16", after=_fastlora),
+    *(
+        StepProvider(f"fastlora-{method}", f"fastlora, FASTLORA_GEMM={method}", True, "peft", after=_fastlora,
+                     environment={"FASTLORA_GEMM": method})
+        for method in _tiles.METHODS["lora_gemm"].names
+    ),
 )  # fmt: skip
 BY_NAME = {provider.name: provider for provider in PROVIDERS}
 

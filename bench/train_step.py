@@ -12,7 +12,6 @@ Peak memory is that of one step above the loaded model; on a CPU every provider 
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import json
 import subprocess
@@ -20,12 +19,15 @@ import sys
 import time
 from typing import Any
 
-from . import machine, memory, models, record, training
+from . import machine, memory, precompile, record, steps
 from .cli import common_options, new_parser, open_sink
+from .models import FORMULA, SHAPES, shape
+from .setting import Setting, batch
 from .step_providers import BY_NAME
-from .training import Setting
+from .training import Trainee
 
 _CPU = ("peft", "peft-bf16", "peft-compile", "peft-compile-layers", "liger", "fastlora")
+_GPU = tuple(name for name, provider in BY_NAME.items() if not provider.environment)
 _SMALL = ["--model", "small", "--tokens", "4x512,1x2048"]
 _FP32 = ["--dtype", "float32", "--providers", "peft,peft-compile,peft-compile-layers,liger,fastlora"]
 _MEMORY = ["--model", "small", "--memory", "only", "--providers", "peft,peft-bf16,peft-compile-layers,fastlora"]
@@ -67,15 +69,16 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = new_parser("train_step", (__doc__ or "").replace("FORMULA", models.FORMULA))
+    parser = new_parser("train_step", (__doc__ or "").replace("FORMULA", FORMULA))
     add = parser.add_argument
     add("--suite", choices=(*_GROUPS, *SUITES), help="a fixed set of measurements, in place of the options below")
-    add("--model", default="small", help=f"among {', '.join(models.SHAPES)}; several with commas")
+    add("--model", default="small", help=f"among {', '.join(SHAPES)}; several with commas")
     add("--tokens", type=_sizes, default=_sizes("4x512"), help="rows × sequence, as 4x512,1x2048")
     add("--layers", type=int, help="layers of the model (default: all, on a GPU as many as memory allows)")
     add("--rank", type=_integers, default=[16])
     add("--dropout", type=float, default=0.0)
     add("--batch", type=lambda t: t.split(","), default=["dense"], help="dense, padded, packed; several with commas")
+    add("--base", choices=("dense", "nf4"), default="dense", help="nf4: the projections in 4 bits, by bitsandbytes")
     add("--checkpointing", choices=("off", "on", "both"), default="off")
     add("--autocast", choices=("on", "off"), default="on")
     add("--allocator", choices=("default", "tuned"), default="default", help="glibc's thresholds, for every provider")
@@ -83,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=3, help="turns of each provider at least (default 3)")
     add("--memory", choices=("on", "off", "only"), default="on", help="peak memory; a process per provider on a CPU")
     add("--largest-batch", action="store_true", help="GPU: rows that fit, for each provider")
+    add("--profile", action="store_true", help="one step of each provider under torch.profiler, kernel by kernel")
     add("--name", default="train_step", help="name of the results file (default train_step)")
     add("--memory-of", help=argparse.SUPPRESS)
     common_options(parser)
@@ -90,58 +94,63 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace, sink: record.Sink) -> int:
-    names = args.providers or (_CPU if args.device == "cpu" else tuple(BY_NAME))
+    names = args.providers or (_CPU if args.device == "cpu" else _GPU)
     if unknown := set(names) - set(BY_NAME):
         raise SystemExit(f"no provider is called {', '.join(unknown)}; there are {', '.join(BY_NAME)}")
     red = 0
     ceilings = {dtype: machine.ceilings(args.device, dtype) for dtype in args.dtype}
     for setting in _settings(args):
-        lines = []
-        if args.memory != "only":
-            lines = list(training.measure(setting, names, args.seconds, ceilings[setting.dtype], args.rounds))
-            gc.collect()
-        green = [r["provider"] for r in lines if r.get("ms")] if args.memory != "only" else names
-        for line in lines or [_plain(setting, name) for name in green]:
-            if setting.device == "cpu" and args.memory != "off" and line["provider"] in green:
-                line |= _memory_in_its_own_process(setting, line["provider"], args)
-            if args.largest_batch and setting.device == "cuda" and line["provider"] in green:
-                base = models.base_model(setting.shape, setting.dtype, setting.device)
-                line["largest_batch"] = training.largest_batch(setting, BY_NAME[line["provider"]], base)
+        steps.free_memory(setting.device)
+        if args.device == "cuda":
+            precompile.compile_all(precompile.of_step(setting, names))
+        if args.memory == "only":
+            lines = (setting.record() | _named(setting, name) for name in names)
+        else:
+            lines = steps.measure(setting, names, args.seconds, ceilings[setting.dtype], args.rounds, args.profile)
+        for line in lines:
             red += line.get("parity") is False and line["provider"].startswith("fastlora")
+            if not line.get("provisional") and not line.get("why"):
+                line |= _memory(setting, line["provider"], args)
             sink.write(line | {"ceilings": ceilings[setting.dtype]._asdict()})
     return red
 
 
+def _named(setting: Setting, name: str) -> dict[str, Any]:
+    why = BY_NAME[name].why_not(setting.device, setting.dtype)
+    return {"provider": name, "title": BY_NAME[name].title, "parity": None, "why": why}
+
+
+def _memory(setting: Setting, name: str, args: argparse.Namespace) -> dict[str, Any]:
+    if setting.device == "cuda" and args.largest_batch:
+        return {"largest_batch": steps.largest_batch(setting, BY_NAME[name], setting.base_model())}
+    if setting.device == "cpu" and args.memory != "off":
+        return _memory_in_its_own_process(setting, name, args)
+    return {}
+
+
 def _settings(args: argparse.Namespace):
     checkpointing = {"off": [False], "on": [True], "both": [False, True]}[args.checkpointing]
-    for model, dtype, (rows, sequence), rank, batch, checkpoint in itertools.product(
+    for model, dtype, (rows, sequence), rank, kind, checkpoint in itertools.product(
         args.model.split(","), args.dtype, args.tokens, args.rank, args.batch, checkpointing
     ):
-        layers = args.layers or training.layers_that_fit(model, dtype, args.device, rows * sequence, checkpoint)
-        whole = models.shape(model).layers
+        layers = args.layers or steps.layers_that_fit(model, dtype, args.device, rows * sequence, checkpoint)
+        whole = shape(model).layers
         if layers < whole:
             print(f"{model}: {layers} of its {whole} layers are measured")
         yield Setting(
             model=model, dtype=dtype, device=args.device, rows=rows, sequence=sequence, layers=layers, rank=rank,
-            dropout=args.dropout, batch=batch, checkpointing=checkpoint, autocast=args.autocast == "on",
+            dropout=args.dropout, batch=kind, checkpointing=checkpoint, autocast=args.autocast == "on", base=args.base,
         )  # fmt: skip
 
 
-def _plain(setting: Setting, name: str) -> dict[str, Any]:
-    why = BY_NAME[name].why_not(setting.device, setting.dtype)
-    return setting.record() | {"provider": name, "title": BY_NAME[name].title, "parity": None, "why": why}
-
-
 def _memory_in_its_own_process(setting: Setting, name: str, args: argparse.Namespace) -> dict[str, Any]:
-    if BY_NAME[name].why_not(setting.device, setting.dtype):
-        return {}
     found = memory.in_its_own_process(
         [
             "train_step", "--memory-of", name, "--model", setting.model, "--layers", str(setting.layers),
             "--tokens", f"{setting.rows}x{setting.sequence}", "--rank", str(setting.rank),
             "--dropout", str(setting.dropout), "--batch", setting.batch, "--device", setting.device,
-            "--checkpointing", "on" if setting.checkpointing else "off", "--autocast", args.autocast,
-            "--allocator", args.allocator, "--dtype", setting.record()["dtype"],
+            "--base", setting.base, "--checkpointing", "on" if setting.checkpointing else "off",
+            "--autocast", args.autocast, "--allocator", args.allocator, "--dtype", setting.record()["dtype"],
         ]
     )  # fmt: skip
     return {"peak_bytes": found.get("peak_bytes"), "why_no_peak": found.get("why")}
@@ -149,9 +158,8 @@ def _memory_in_its_own_process(setting: Setting, name: str, args: argparse.Names
 
 def _memory_of(args: argparse.Namespace) -> dict[str, Any]:
     setting = next(_settings(args))
-    base = models.base_model(setting.shape, setting.dtype, setting.device)
-    trainee = training.Trainee(BY_NAME[args.memory_of], base, setting)
-    made = training.batch(setting)
+    trainee = Trainee(BY_NAME[args.memory_of], setting.base_model(), setting)
+    made = batch(setting)
     return {"peak_bytes": memory.peak_rss(lambda: trainee.step(made))}
 
 

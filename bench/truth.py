@@ -68,7 +68,7 @@ def _layer(x, layer, name, leaves, shape, tables, mask):
         where = f"{name}.{part}.{projection}.lora"
         return reference.lora_linear(
             x,
-            module.base_layer.weight.detach().double(),
+            models.frozen_weight(module.base_layer).double(),
             leaves[f"{where}_A.default.weight"],
             leaves[f"{where}_B.default.weight"],
             module.scaling["default"],

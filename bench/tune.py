@@ -17,7 +17,7 @@ from fastlora.kernels import _cache, _tiles
 from fastlora.tuning import calls, measure, rows, screen
 from fastlora.tuning.aot import SHARED_LIMIT
 
-from . import report
+from . import record
 from .cli import common_options, new_parser, open_sink
 
 HEAD = ("kernel", "M", "N", "K", "R", "Triton ms", "tile", "library ms", "library", "Triton / library")
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
         for line in _records(call, entry):
             sink.write(line)
         # Whole after every call: this may be stopped at any time.
-        (folder / "tuning.md").write_text(f"{environment}\n\n{report.table(HEAD, list(rows.table(done)))}\n")
+        (folder / "tuning.md").write_text(f"{environment}\n\n{record.table(HEAD, list(rows.table(done)))}\n")
         lines = map(rows.source, rows.of_environment(environment, _cache.entries(environment)))
         (folder / "rows.txt").write_text("\n".join(lines) + "\n")
     return 0

@@ -21,7 +21,9 @@ NAMES = (
     "lora_mlp",
     "linear_cross_entropy",
     "attention",
+    "attention_masked",
     "lora_gemm",
+    "lora_gemm_t",
     "lora_skinny",
     "dequantize_4bit",
 )

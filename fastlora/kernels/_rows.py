@@ -223,4 +223,4 @@ ROWS = (
     Row("attention_aten_fp32", 0, Tile(), "sdpa"),
     Row("attention_padded", 0, Tile(), "fastlora"),
     Row("attention_packed", 0, Tile(), "fastlora"),
-)
+)  # fmt: skip

@@ -25,7 +25,7 @@ from ..kernels._tl import options, triton
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
 
 
-class _Driver:
+class Driver:
     """As much of a GPU driver as compilation asks for."""
 
     def __init__(self, arch: int) -> None:
@@ -112,7 +112,7 @@ def compiling(arch: int, skip: Callable[[str, Tile], bool] | None = None) -> Ite
     modules = [module for module in loaded if hasattr(module, "launch")]
     launches = [module.launch for module in modules]
     driver = triton.runtime.driver
-    driver.set_active(_Driver(arch))
+    driver.set_active(Driver(arch))
     for module in modules:
         module.launch = launch
     try:

@@ -25,6 +25,18 @@ def test_aten_launches_and_bytes_by_hand():
     assert count.bytes == {"base": 3 * big, "skinny": big + 2 * small, "elementwise": 7 * big + 2 * small}
 
 
+def test_what_may_return_its_input_counts_where_it_copies():
+    x = torch.empty(64, 32, device="meta")
+    with launches.Count() as count:
+        torch.ops.aten.to.dtype(x, torch.float32)
+        torch.ops.aten.reshape(x, [32, 64])
+    assert not count.launches
+    with launches.Count() as count:
+        torch.ops.aten.to.dtype(x, torch.bfloat16)
+        torch.ops.aten.reshape(x.t(), [64, 32])
+    assert count.launches["elementwise"] == 2 and count.bytes["elementwise"] == (4 + 2 + 4 + 4) * 64 * 32
+
+
 def test_an_expanded_gradient_counts_at_its_size_in_memory():
     with launches.Count() as count:
         torch.ones((), device="meta").expand(100, 100).neg()
@@ -57,6 +69,9 @@ def test_launches_of_a_layer():
     assert peft.launches["elementwise"] - peft_bf16.launches["elementwise"] == 7 * 8
     assert sum(ours.launches.values()) < sum(peft_bf16.launches.values()) / 2
     assert all(count.launches["attention"] == 2 for count in (peft, peft_bf16, ours))
+    # Through the library's products, A and B of the seven adapters take a cast each.
+    addmm = launches.count("fastlora-addmm", "7b", BF16)
+    assert addmm.names["to"] == 14 and sum(addmm.launches.values()) > sum(ours.launches.values())
 
 
 def test_every_triton_launch_of_fastlora_is_seen():

@@ -8,6 +8,7 @@ from bench.case import Case, Provider, Work
 from bench.ops import NAMES, cases
 from fastlora import ops, reference
 
+GATED = ("fastlora", "base", "peft", "sdpa", "addmm", "augmented", "pitched", "tight", "stacked")
 CEILINGS = machine.Ceilings(1e9, 1e10)
 
 
@@ -86,5 +87,5 @@ def test_every_op_is_green_here(op):
     assert found
     for case in found:
         witness = gate.Witness(case, "cpu", torch.bfloat16)
-        for provider in harness.providers(case, ("fastlora", "base", "peft", "sdpa", "addmm", "augmented")):
+        for provider in harness.providers(case, GATED):
             assert gate.reason(provider, witness.check) == (True, None), (case.op, provider.name)

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from bench import harness, record
+from bench import harness, machine, record
+from bench.ops import cases
 
 
 class Simulated:
@@ -61,3 +62,10 @@ def test_half_a_line_of_a_cut_off_run_is_left_out(tmp_path):
     assert [m["slug"] for m in machines] == ["x"] and [r["provider"] for r in records] == ["p"]
     with pytest.raises(FileNotFoundError, match="holds no"):
         record.load(tmp_path / "empty")
+
+
+def test_code_of_another_architecture_is_no_measurement_of_this_one(monkeypatch):
+    (case,) = cases("swiglu", "cpu", torch.bfloat16, quick=True)
+    monkeypatch.setenv("TRITON_OVERRIDE_ARCH", "sm80")
+    lines = list(harness.measure(case, "cpu", torch.bfloat16, machine.Ceilings(1e9, 1e10), 0.01, ("fastlora",)))
+    assert [line["mode"] for line in lines] == ["forward, code of sm80", "full, code of sm80"]

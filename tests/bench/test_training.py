@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from bench import models, training, truth
+from bench import machine, models, steps, training, truth
 from bench.gate import Red
+from bench.setting import Setting, batch, work
 from bench.step_providers import BY_NAME
 
 BF16 = torch.bfloat16
@@ -12,7 +13,7 @@ BF16 = torch.bfloat16
 
 def setting(dtype=BF16, **changes):
     plain = {"model": "tiny", "device": "cpu", "rows": 2, "sequence": 24, "layers": 2}
-    return training.Setting(**plain | {"dtype": dtype} | changes)
+    return Setting(**plain | {"dtype": dtype} | changes)
 
 
 def gate_and(name, s):
@@ -57,9 +58,9 @@ def test_a_perturbed_adapter_is_red(adapter):
 
 def test_a_red_provider_gets_no_time(monkeypatch):
     broken = BY_NAME["fastlora"]._replace(after=_wrong)
-    monkeypatch.setattr(training, "PROVIDERS", (BY_NAME["peft"], broken))
-    ceilings = training.machine.Ceilings(1e9, 1e10)
-    found = {r["provider"]: r for r in training.measure(setting(), ("peft", "fastlora"), 0.1, ceilings)}
+    monkeypatch.setattr(steps, "PROVIDERS", (BY_NAME["peft"], broken))
+    ceilings = machine.Ceilings(1e9, 1e10)
+    found = {r["provider"]: r for r in steps.measure(setting(), ("peft", "fastlora"), 0.1, ceilings)}
     assert found["fastlora"]["parity"] is False and "ms" not in found["fastlora"]
     assert found["fastlora"]["why"].startswith("parity is red")
     assert found["peft"]["ms"]["n"] >= 3 and found["peft"]["tokens_per_s"] > 0
@@ -70,6 +71,43 @@ def _wrong(model):
     return model
 
 
+def test_a_provider_is_recorded_before_the_next_is_gated(monkeypatch):
+    """What is cut off later keeps the time that was taken alone; at the end the turns' time takes its place."""
+
+    def never(model):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(steps, "PROVIDERS", (BY_NAME["peft"], BY_NAME["fastlora"]._replace(after=never)))
+    ceilings, found = machine.Ceilings(1e9, 1e10), []
+    with pytest.raises(KeyboardInterrupt):
+        for line in steps.measure(setting(), ("peft", "fastlora"), 0.1, ceilings):
+            found.append(line)
+    (line,) = found
+    assert line["provider"] == "peft" and line["provisional"] and line["ms"]["n"] >= 1 and line["tokens_per_s"] > 0
+    monkeypatch.setattr(steps, "PROVIDERS", (BY_NAME["peft"],))
+    first, last = steps.measure(setting(), ("peft",), 0.1, ceilings, rounds=7)
+    assert first["provisional"] and "provisional" not in last and last["ms"]["n"] >= 7
+
+
+def test_a_profiled_step_says_where_its_time_goes():
+    *_, line = steps.measure(setting(), ("fastlora",), 0.1, machine.Ceilings(1e9, 1e10), profile=True)
+    kernels = {name: n for name, n, _ in line["profile"]["kernels"]}
+    assert kernels["fastlora::swiglu_project"] == 2 and kernels["fastlora::lora_gemm"] > 2  # two layers
+    assert line["profile"]["busy_ms"] >= line["profile"]["host_ms"] > 0
+
+
+def test_the_plan_foretells_what_a_layer_keeps_for_backward():
+    """To the byte: the difference of two numbers of layers, which leaves out head and loss."""
+    kept = {}
+    for layers in (2, 3):
+        s = setting(model="mini", layers=layers, sequence=64)
+        trainee = training.Trainee(BY_NAME["fastlora"], models.base_model(s.shape, s.dtype, s.device), s)
+        line = steps._alone(trainee, batch(s), 0.0)
+        kept[layers] = line["saved_bytes"], line["plan"]["saved_bytes"]
+    measured, planned = (kept[3][i] - kept[2][i] for i in range(2))
+    assert measured == planned > 0
+
+
 def test_frozen_weights_are_shared_and_stay():
     s = setting()
     base = models.base_model(s.shape, s.dtype, s.device)
@@ -78,20 +116,25 @@ def test_frozen_weights_are_shared_and_stay():
     weights = [t.model.base_model.model.lm_head.weight for t in (first, second)]
     assert weights[0] is weights[1] is base.lm_head.weight
     for trainee in (first, second):
-        trainee.step(training.batch(s))
+        trainee.step(batch(s))
     assert all(torch.equal(before[name], p) for name, p in base.named_parameters())
     assert any(p.grad is not None and p.grad.any() for p in models.adapters(second.model).values())
 
 
-def test_batches():
-    padded = training.batch(setting(batch="padded"))
-    assert training.tokens(padded) == padded["attention_mask"].sum() < 48
+def test_packed_and_padded_hold_the_same_documents():
+    padded, packed = (batch(setting(batch=kind, sequence=200)) for kind in ("padded", "packed"))
+    lengths = padded["attention_mask"].sum(1)
+    assert lengths.sum() == 400 and lengths.max() == padded["input_ids"].shape[1] <= 100 and len(lengths) > 3
     assert (padded["labels"][padded["attention_mask"] == 0] == -100).all()
-    packed = training.batch(setting(batch="packed", sequence=200))
-    assert packed["input_ids"].shape == (1, 400) and training.tokens(packed) == 400
     starts = packed["position_ids"] == 0
-    assert starts.sum() > 1 and (packed["labels"][starts] == -100).all()
+    assert packed["input_ids"].shape == (1, 400) and starts.sum() == len(lengths)
+    assert (packed["labels"][starts] == -100).all()
     assert (packed["position_ids"].diff()[~starts[:, 1:]] == 1).all()
+    assert torch.equal(packed["input_ids"][0], padded["input_ids"][padded["attention_mask"] == 1])
+    # Σ length² / Σ length: the length of dense rows of as much attention.
+    expected = 400, pytest.approx(float(lengths.double().square().sum() / 400))
+    assert work(padded) == work(packed) == expected
+    assert work(batch(setting(sequence=200))) == (400, 200)
 
 
 def test_the_flop_formula():

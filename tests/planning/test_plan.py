@@ -193,7 +193,9 @@ def result(op, mode, provider, ms, flops=0.0, nbytes=0.0, parity=True):
 def test_measured_rates_replace_modelled_ones(tmp_path):
     lines = [
         {"bench": "machine", "gpu": {"name": "NVIDIA A100-SXM4-80GB"}},
-        result("lora_gemm", "forward", "fastlora", 1.0, flops=2e11),
+        result("lora_gemm", "forward", "fastlora triton", 1.5, flops=2e11),
+        result("lora_gemm", "forward", "fastlora addmm", 1.0, flops=2e11),
+        result("lora_gemm", "forward, code of sm80", "fastlora triton", 0.5, flops=2e11),
         result("lora_gemm", "forward", "fastlora", 0.01, flops=2e11, parity=False),
         result("lora_gemm", "forward", "base alone (floor)", 0.5, flops=2e11),
         result("rope", "forward", "fastlora", 1.0, nbytes=1.5e9),
@@ -202,7 +204,7 @@ def test_measured_rates_replace_modelled_ones(tmp_path):
         result("attention", "forward", "fastlora", 2.0, flops=1.8e11),
     ]
     path = tmp_path / "all.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    path.write_text("\n".join(map(json.dumps, lines)) + '\n{"bench": "op", "cut')
     rates = fastlora.plan("7b", 10**6, measured=path).provenance
     found = {name: rate.value for name, rate in rates.items() if rate.label == "measured"}
     assert found == pytest.approx(

@@ -1,0 +1,125 @@
+"""What a GPU must answer, in two calls: the stages of each, most decisive first."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+# Seconds of each call in all.
+LIMITS = {"gpu": 420.0, "gpu_more": 300.0}
+
+
+class Stage(NamedTuple):
+    """A command and the most seconds it may take.
+
+    Attributes:
+        command: arguments of ``python -m bench``; with ``shell`` a program and its arguments.
+        environment: variables that it runs with.
+        why: why it cannot run here; None where it can.
+    """
+
+    name: str
+    seconds: float
+    command: tuple[str, ...]
+    environment: dict[str, str] = {}  # noqa: RUF012  a NamedTuple's default is never written to
+    shell: bool = False
+    why: str | None = None
+
+
+class _Calls:
+    """The commands of stages: on a GPU at full size, or tiny ones on the CPU, to rehearse."""
+
+    def __init__(self, results: Path, rehearse: bool) -> None:
+        self.device = "cpu" if rehearse else "cuda"
+        self.into = ("--append", str(results), "--device", self.device)
+        self.rehearse = rehearse
+
+    def step(
+        self, seconds: float, providers: str, *options: str, tokens: str = "1x4096", layers: int = 0
+    ) -> tuple[str, ...]:
+        """Training steps of 7B; of a tiny model, as many settings of it, to rehearse."""
+        if self.rehearse:
+            tokens = ",".join(["2x32", "1x40", "3x24"][: 1 + tokens.count(",")])
+        sizes = ("--model", "tiny" if self.rehearse else "7b", "--tokens", tokens)
+        if layers or self.rehearse:
+            sizes += ("--layers", "2" if self.rehearse else str(layers))
+        time = ("--seconds", "0.2" if self.rehearse else f"{seconds:g}", "--memory", "off")
+        return ("train_step", *self.into, *sizes, *time, "--providers", providers, *options)
+
+    def ops(self, seconds: float, ops: str, providers: str = "") -> tuple[str, ...]:
+        """Single operators; every provider of them, to rehearse."""
+        if self.rehearse:
+            return (*ops.split(), *self.into, "--quick", "--seconds", "0.02")
+        only = ("--providers", providers) if providers else ()
+        return (*ops.split(), *self.into, "--seconds", f"{seconds:g}", *only)
+
+    def first(self) -> list[Stage]:
+        """The headline, where its time goes, the products, attention, and the region where the host is the limit."""
+        tuned = ("--quick",) if self.rehearse else ("--model", "7b", "--tokens", "4096,1024")
+        ways = "peft,fastlora-addmm,fastlora-triton,fastlora-augmented"
+        # On a GPU every stage compiles ahead of its own timing.
+        ahead = ("precompile", "--arch", "90", "--model", "tiny", "--tokens", "64", "--ops", "swiglu")
+        rehearsed = [Stage("compiling ahead", 90, ahead)] if self.rehearse else []
+        return [
+            *rehearsed,
+            Stage("7B step", 100, self.step(20, "peft,peft-bf16,fastlora,fastlora-bf16", "--profile")),
+            Stage("ways of the base product", 45, self.step(4, ways, "--profile", layers=4)),
+            Stage("products", 70, self.ops(0.3, "lora_gemm lora_gemm_t")),
+            Stage("attention", 55, self.ops(0.3, "attention attention_masked", "fastlora,sdpa,varlen,flash-attn")),
+            Stage(
+                "7B step, host-bound", 75,
+                self.step(5, "peft,peft-bf16,fastlora", "--profile", tokens="1x512,1x1024,4x1024"),
+            ),
+            Stage("7B step, dropout", 40, self.step(5, "peft,fastlora", "--dropout", "0.05")),
+            Stage("7B step, rank 64", 40, self.step(5, "peft,fastlora", "--rank", "64")),
+            Stage("tuning", 80, ("tune", *self.into, "--seconds", "0.2", *tuned)),
+        ]  # fmt: skip
+
+    def second(self) -> list[Stage]:
+        """Others at their best, other batches and bases, parity in every dtype, the A100's code, memory accesses."""
+        others = "peft,peft-compile-layers,peft-bf16-compile-layers,liger,liger-bf16,fastlora,fastlora-bf16"
+        tiny = ("--quick",) if self.rehearse else ()
+        models = ("parity", *self.into, *tiny, "--dtype", "bfloat16,float16,float32")
+        rest = "rms_norm swiglu rope lora_skinny lora_group lora_mlp linear_cross_entropy"
+        return [
+            Stage("others at their best", 80, self.step(10, others, layers=8)),
+            Stage("parity of models", 70, models),
+            Stage("packed and padded", 50, self.step(5, "peft,fastlora", "--batch", "packed,padded", layers=8)),
+            Stage(
+                "the A100's code", 50, self.ops(0.2, "lora_gemm lora_gemm_t attention", "fastlora"),
+                {"TRITON_OVERRIDE_ARCH": "sm80"},
+            ),
+            Stage("parity of operators", 90, self._pytest(), shell=True, why=_missing("pytest")),
+            Stage("other operators", 50, self.ops(0.2, rest, "fastlora,eager,base,addmm")),
+            Stage(
+                "4-bit base", 40, self.step(5, "peft,fastlora", "--base", "nf4", layers=8), why=_missing("bitsandbytes")
+            ),
+            Stage(
+                "memory accesses", 60, self._sanitizer(), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, shell=True,
+                why=None if self.rehearse or shutil.which("compute-sanitizer") else "there is no compute-sanitizer",
+            ),
+        ]  # fmt: skip
+
+    def _pytest(self) -> tuple[str, ...]:
+        tests = "tests/ops/test_swiglu.py" if self.rehearse else "tests/ops"
+        workers = ("-n", "8", "--dist", "worksteal") if find_spec("xdist") and not self.rehearse else ()
+        options = ("-q", "--tb=line", "-p", "no:cacheprovider", *workers)
+        return sys.executable, "-m", "pytest", tests, "--device", self.device, *options
+
+    def _sanitizer(self) -> tuple[str, ...]:
+        """One training step and decoding of a tiny model, every access of its kernels checked."""
+        sanitizer = () if self.rehearse else ("compute-sanitizer", "--error-exitcode", "9")
+        return *sanitizer, sys.executable, "-m", "bench", "parity", *self.into, "--quick"
+
+
+def of_call(call: str, results: Path, rehearse: bool) -> list[Stage]:
+    """The stages of "gpu" or "gpu_more", which add their results to a file."""
+    calls = _Calls(results, rehearse)
+    return calls.first() if call == "gpu" else calls.second()
+
+
+def _missing(package: str) -> str | None:
+    return None if find_spec(package) else f"{package} is not installed"

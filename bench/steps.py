@@ -1,0 +1,219 @@
+"""Training steps of every provider: gated, timed alone at once, then timed in turns.
+
+A provider is timed alone as soon as it is green, so that a run that is cut off keeps what it has: that record is
+"provisional". When all are gated they take turns, and a record of the same provider without that word takes its place.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.cli.energy import EnergyMeter
+
+from . import machine, memory, models, prediction, profiling, record
+from .gate import Red
+from .harness import SavedBytes, interleave
+from .record import Record
+from .setting import Batch, Setting, batch, work
+from .step_providers import PROVIDERS, StepProvider
+from .training import Gate, Trainee
+
+# What is judged in float64 where the timed model has more: layers, weights, and tokens.
+_FEW_LAYERS, _FEW_WEIGHTS = {"cpu": 8, "cuda": 4}, 2e9
+_FEW_TOKENS = {"cpu": 2048, "cuda": 4096}
+# Seconds alone below which the GPU's energy counter, which moves about ten times a second, says little.
+_ENERGY_SECONDS = 1.0
+
+
+def measure(
+    setting: Setting,
+    names: tuple[str, ...],
+    seconds: float,
+    ceilings: machine.Ceilings,
+    rounds: int = 3,
+    profile: bool = False,
+) -> Iterator[Record]:
+    """Gate every provider, time it alone, then all green ones in turns.
+
+    Args:
+        names: the providers, in the order in which they are listed in step_providers.py.
+        seconds: timing of each setting: of the turns, all providers together; a quarter as much again alone.
+        rounds: turns of each provider at least.
+        profile: put one step of each under torch.profiler.
+    """
+    base = setting.base_model()
+    judged = _judged(setting)
+    gate = Gate(judged, base if judged == setting else judged.base_model())
+    made = batch(setting)
+    floor = _floor_thunk(base, setting)
+    floor_ms = record.spread(interleave({"floor": floor}, setting.device, 0, least=1)["floor"])["median"]
+    green: dict[str, tuple[Trainee, Record]] = {}
+    for provider in PROVIDERS:
+        if provider.name not in names:
+            continue
+        line = setting.record() | {"provider": provider.name, "title": provider.title}
+        if why := provider.why_not(setting.device, setting.dtype):
+            yield line | {"parity": None, "why": why}
+            continue
+        refused: Record | None = None
+        trainee = None
+        try:
+            trainee = Trainee(provider, gate.base, judged)
+            line |= {"gate": gate.check(trainee), "parity": True}
+            if judged != setting:
+                trainee = Trainee(provider, base, setting)
+            line |= _alone(trainee, made, seconds / 4 / len(names))
+        except Red as error:
+            refused = {"parity": False, "why": f"parity is red: {error}"}
+        except torch.OutOfMemoryError:
+            refused = {"why": "out of memory"}
+        except Exception as error:  # a provider that cannot run says why, and the others run on
+            refused = {"parity": None, "why": f"{type(error).__name__}: {str(error).strip()[:200]}"}
+        if refused:
+            del trainee
+            free_memory(setting.device)
+            yield line | refused
+            continue
+        yield _rated(line | {"provisional": True}, made, setting, ceilings, floor_ms)
+        if profile:
+            line["profile"] = profiling.profile(lambda t=trainee: t.step(made), setting.device)
+        green[provider.name] = trainee, line
+    del gate
+    free_memory(setting.device)
+    thunks: dict[str, Callable[[], Any]] = {name: lambda t=t: t.step(made) for name, (t, _) in green.items()}
+    times = interleave(thunks | {"floor": floor}, setting.device, seconds, least=rounds, warm=0)
+    floor_ms = record.spread(times["floor"])["median"]
+    for name, (_, line) in green.items():
+        yield _rated(line | {"ms": record.spread(times[name])}, made, setting, ceilings, floor_ms)
+
+
+def free_memory(device: str) -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _alone(trainee: Trainee, made: Batch, seconds: float) -> Record:
+    """A warm step, then steps one after the other: their times, joules, peak memory and saved bytes."""
+    setting, provider = trainee.setting, trainee.provider
+    device = setting.device
+    trainee.step(made)
+    machine.synchronize(device)
+    meter, times = EnergyMeter(), []
+    start = time.perf_counter()
+    while not times or time.perf_counter() - start < seconds:
+        begin = time.perf_counter()
+        trainee.step(made)
+        machine.synchronize(device)
+        times.append(1e3 * (time.perf_counter() - begin))
+    kwh = meter.kwh() if time.perf_counter() - start >= _ENERGY_SECONDS else None
+    found: Record = {
+        "ms": record.spread(times),
+        "joules": None if kwh is None else round(kwh * 3.6e6 / len(times), 2),
+        "peak_bytes": None,
+        "saved_bytes": None,
+        "plan": prediction.of_step(setting, provider.name),
+        "explain": _explain(trainee.model) if "fastlora" in provider.name else None,
+    }
+    if device == "cuda":
+        trainee.optimizer.zero_grad()
+        found["peak_bytes"] = memory.peak_cuda(lambda: trainee.step(made))
+    if "compile" not in provider.name:  # hooks would make it compile anew
+        with SavedBytes([*trainee.model.parameters(), *trainee.model.buffers()]) as saved:
+            loss = trainee.forward(made)
+        found["saved_bytes"] = saved.bytes
+        del loss
+    return found
+
+
+def _rated(line: Record, made: Batch, setting: Setting, ceilings: machine.Ceilings, floor_ms: float) -> Record:
+    """A record with the figures that follow from its time."""
+    tokens, sequence = work(made)
+    seconds = line["ms"]["median"] / 1e3
+    return line | {
+        "tokens_per_s": round(tokens / seconds, 1),
+        "mfu": round(setting.shape.flops(tokens, sequence) / seconds / ceilings.flops, 4),
+        "floor_ms": floor_ms,
+        "fraction": round(floor_ms / 1e3 / seconds, 4),
+    }
+
+
+def _judged(setting: Setting) -> Setting:
+    """The setting that is judged: the timed one, or fewer layers and tokens of it where float64 would not fit."""
+    most = _FEW_TOKENS[setting.device]
+    sequence = min(setting.sequence, most)
+    few = max(1, min(_FEW_LAYERS[setting.device], int(_FEW_WEIGHTS // setting.shape.layer_weights())))
+    return replace(
+        setting, layers=min(setting.layers, few), sequence=sequence, rows=max(1, min(setting.rows, most // sequence))
+    )
+
+
+def _floor_thunk(base: nn.Module, setting: Setting) -> Callable[[], None]:
+    """The frozen products alone, forward and dx, of every projection and the head: what no exact step runs below."""
+    linears = [m for m in base.modules() if isinstance(m, nn.Linear)]
+    M, device, dtype = setting.rows * setting.sequence, setting.device, setting.dtype
+    shapes = {(m.out_features, m.in_features) for m in linears}
+    x = {s: torch.randn(M, s[1], device=device).to(dtype) for s in shapes}
+    dy = {s: torch.randn(M, s[0], device=device).to(dtype) for s in shapes}
+    # A weight in 4 bits is represented by one in the dtype of the products.
+    like = {} if setting.base == "dense" else {s: torch.randn(s, device=device).to(dtype) for s in shapes}
+    weights = [like.get((m.out_features, m.in_features), m.weight) for m in linears]
+
+    def run() -> None:
+        with torch.no_grad():
+            for w in weights:
+                x[tuple(w.shape)] @ w.t()
+                dy[tuple(w.shape)] @ w
+
+    return run
+
+
+def _explain(model: nn.Module) -> str:
+    import fastlora
+
+    plan = fastlora.explain(model)
+    left = sorted({f"{row.runs}: {row.why}" for row in plan.unfused})
+    return f"{plan.backend} " + (f"Left alone: {'; '.join(left)}" if left else "Everything is fused.")
+
+
+def largest_batch(setting: Setting, provider: StepProvider, base: nn.Module, most: int = 256) -> int:
+    """The most rows of the setting's sequence length that one training step fits on the GPU; doubling, then halving."""
+    trainee = Trainee(provider, base, setting)
+
+    def fits(rows: int) -> bool:
+        try:
+            trainee.step(batch(replace(setting, rows=rows)))
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            trainee.optimizer.zero_grad()
+            free_memory(setting.device)
+
+    low = 0
+    high = 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def layers_that_fit(model: str, dtype: torch.dtype, device: str, tokens: int, checkpointing: bool) -> int:
+    """Layers of a model whose weights and PEFT's activations (204 KB per token and layer at 7B width) fit the GPU."""
+    shape = models.shape(model)
+    if device != "cuda":
+        return shape.layers
+    free = 0.85 * torch.cuda.mem_get_info()[0] - 4 * shape.vocab * shape.hidden * dtype.itemsize
+    free -= tokens * shape.vocab * 12  # logits: bf16, fp32 and their gradient
+    kept = 2 * shape.hidden if checkpointing else 204e3 * shape.hidden / 4096
+    return max(1, min(shape.layers, int(free / (shape.layer_weights() * dtype.itemsize + kept * tokens))))

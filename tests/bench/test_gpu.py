@@ -1,0 +1,114 @@
+"""The two calls on a GPU: what a stage loses, and what it cannot."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import __main__ as bench
+from bench import gpu, record, stages
+from bench.stages import Stage
+
+# A training step of two providers, of which the second never comes back from being patched; it starts a process that
+# sleeps as long, as torch.compile starts some.
+_HANGS = """
+import subprocess, sys, time
+from bench import __main__ as bench, steps
+from bench.step_providers import BY_NAME
+
+def hang(model):
+    print("sleeper", subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid, flush=True)
+    time.sleep(600)
+
+steps.PROVIDERS = (BY_NAME["peft"], BY_NAME["fastlora"]._replace(after=hang))
+bench.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    def run(*found):
+        out = tmp_path / "out"
+        results = out / "gpu.jsonl"
+        monkeypatch.setattr(stages, "of_call", lambda call, path, rehearse: [one(results) for one in found])
+        monkeypatch.setenv("OUT", str(out))
+        status = bench.main(["gpu", "--rehearse"])
+        return status, record.load(results)[1], (out / "gpu.log").read_text()
+
+    return run
+
+
+def step(results, *providers):
+    return (
+        "train_step", "--append", str(results), "--device", "cpu", "--model", "tiny", "--layers", "1", "--tokens", "1x16",
+        "--memory", "off", "--seconds", "0.1", "--providers", ",".join(providers),
+    )  # fmt: skip
+
+
+def test_a_hang_loses_only_what_was_not_yet_written(run, capsys):
+    hanging = lambda results: Stage(  # noqa: E731
+        "hangs", 25, (sys.executable, "-c", _HANGS, *step(results, "peft", "fastlora")), shell=True
+    )
+    start = time.monotonic()
+    status, records, log = run(
+        lambda results: Stage("absent", 20, ("train_step", "--no-such-option")),
+        hanging,
+        lambda results: Stage("works", 60, step(results, "peft-bf16"), {"FASTLORA_GEMM": "addmm"}),
+        lambda results: Stage("left", 60, (), why="there is none here"),
+    )
+    assert status == 1 and time.monotonic() - start < 90
+    verdicts = {r["op"]: r["verdict"] for r in records if r["bench"] == "stage"}
+    assert verdicts == {
+        "absent": "exit status 2", "hangs": "stopped after its 25 s", "works": "done", "left": "left out: there is none here",
+    }  # fmt: skip
+    steps = [(r["provider"], bool(r.get("provisional"))) for r in records if r["bench"] == "train_step"]
+    assert steps == [("peft", True), ("peft-bf16", False)]
+    assert all(r["ms"]["median"] > 0 for r in records if r["bench"] == "train_step")
+    assert "unrecognized arguments: --no-such-option" in log
+    assert "works: done" in capsys.readouterr().out
+    # Nothing that a stage started outlives it.
+    pid = log.split("sleeper ")[1].split()[0]
+    with pytest.raises(OSError, match="No such"):
+        Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def test_when_the_time_is_up_the_rest_is_left(run, monkeypatch):
+    monkeypatch.setitem(stages.LIMITS, "gpu", 9.0)
+    status, records, _ = run(lambda results: Stage("late", 60, step(results, "peft")))
+    assert status == 1 and [r["verdict"] for r in records] == ["no time left"]
+
+
+def test_without_a_gpu_the_gpu_pass_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(gpu.machine, "default_device", lambda: "cpu")
+    assert bench.main(["gpu"]) == 1
+    assert "No GPU is visible" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rehearse", [True, False])
+def test_both_calls_fit_their_limits(tmp_path, rehearse):
+    assert stages.LIMITS == {"gpu": 420, "gpu_more": 300}
+    for call in stages.LIMITS:
+        found = stages.of_call(call, tmp_path / "results.jsonl", rehearse)
+        # The headline is the first on a GPU, and no stage takes what two others need.
+        assert all(stage.seconds <= 100 for stage in found) and len({stage.name for stage in found}) == len(found)
+        assert all(stage.shell or bench._COMMANDS.keys() | set(bench.NAMES) >= {stage.command[0]} for stage in found)
+    assert stages.of_call("gpu", tmp_path / "r", False)[0].command[0] == "train_step"
+
+
+def test_a_worker_runs_what_it_is_told(tmp_path):
+    runner = gpu.Runner(tmp_path / "results.jsonl", tmp_path / "log")
+    stage = Stage("help", 60, ("compare", "--help"), {"COLUMNS": "80"})
+    try:
+        assert runner.run(stage, 60, follows=True).startswith("help: done")
+        assert runner._spare is not None
+        spare = runner._spare
+        assert runner.run(stage, 60, follows=False).startswith("help: done")
+        assert runner._spare is None and spare.poll() is not None
+    finally:
+        runner.close()
+    assert (tmp_path / "log").read_text().count("usage: python -m bench compare") == 2
+    assert [json.loads(line)["verdict"] for line in (tmp_path / "results.jsonl").read_text().splitlines()] == [
+        "done"
+    ] * 2

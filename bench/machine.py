@@ -78,7 +78,8 @@ def info(device: str) -> dict[str, Any]:
             "sm": p.multi_processor_count,
             "capability": f"{p.major}.{p.minor}",
             "cuda": torch.version.cuda,
-            "clocks": _nvidia_smi("clocks.sm,clocks.mem,clocks.max.sm,power.limit,driver_version"),
+            "clocks": _nvidia_smi("clocks.sm,clocks.mem"),
+            "limits": _nvidia_smi("clocks.max.sm,power.limit,driver_version"),
         }
     return found
 
@@ -94,7 +95,9 @@ def ceilings(device: str, dtype: torch.dtype, quick: bool = False) -> Ceilings:
     target = torch.empty_like(source)
     side = 256 if quick else 8192 if gpu else 2048
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return Ceilings(2 * n / _best(lambda: target.copy_(source), device), 2 * side**3 / _best(lambda: a @ b, device))
+    seconds = 0.3 if gpu and not quick else 0.0
+    copy, product = _median(lambda: target.copy_(source), device, seconds), _median(lambda: a @ b, device, seconds)
+    return Ceilings(2 * n / copy, 2 * side**3 / product)
 
 
 def synchronize(device: str) -> None:
@@ -102,16 +105,18 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _best(run: Any, device: str) -> float:
-    seconds = []
-    for i in range(9):
+def _median(run: Any, device: str, least: float) -> float:
+    """Seconds of a call: the median of the later calls, of nine at least and for so many seconds, so that an idle GPU's
+    clocks have risen."""
+    seconds: list[float] = []
+    begin = time.perf_counter()
+    while len(seconds) < 9 or time.perf_counter() - begin < least:
         synchronize(device)
         start = time.perf_counter()
         run()
         synchronize(device)
-        if i > 1:
-            seconds.append(time.perf_counter() - start)
-    return median(seconds)
+        seconds.append(time.perf_counter() - start)
+    return median(seconds[max(2, len(seconds) // 2) if least else 2 :])
 
 
 def _cpu() -> dict[str, Any]:
@@ -131,6 +136,8 @@ def _commit() -> str:
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
+    if known := os.environ.get("GIT_COMMIT"):  # a copy of the tree without its history
+        return known
     try:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "fastlora", "csrc")
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")

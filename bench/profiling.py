@@ -1,8 +1,9 @@
 """One call under torch.profiler: microseconds by kernel, launches, and how long the host and the GPU took.
 
 On a GPU the kernels are the device's own; "busy" is the time in which at least one runs, "host" the time the call takes
-to return, without its waits for the GPU. The profiler slows the host down, so "host" is an upper bound. On a CPU the
-kernels are ATen's operators, by their own time.
+to return, without its waits for the GPU: synchronizations, copies, and launches that wait for room in the GPU's queue.
+The profiler slows the host down, so "host" is an upper bound. On a CPU the kernels are ATen's operators, by their own
+time.
 """
 
 from __future__ import annotations
@@ -25,11 +26,15 @@ KINDS = {
     "attention": r"flash|fmha|attention|sdpa|softmax_warp|mha_",
     "loss": r"cross_entropy|nll_loss|softmax",
     "optimizer": r"adam|multi_tensor|foreach",
-    "low-rank": r"lora_project|lora_reduce|norm_project|swiglu_project|bwd_reduce",
+    "low-rank": r"lora_project|lora_reduce|norm_project|swiglu_project|bwd_reduce|tall_product",
     "products": r"gemm|nvjet|cutlass|cublas|xmma|aten::(add)?b?mm$|aten::_?addmm|lora_gemm|splitk",
     "norm, rotary, SwiGLU": r"rms_norm|rope|swiglu|silu|dropout",
 }
 REST = "copies and elementwise"
+
+
+# What a launch takes at most while there is room in the queue; what is above it is a wait.
+_LAUNCH_US = 30.0
 
 
 def kind(name: str) -> str:
@@ -62,6 +67,8 @@ def profile(run: Callable[[], Any], device: str) -> Record:
         # cudaDeviceSynchronize is the one above, after the call.
         waits = re.compile("cuda(Stream|Event)Synchronize|cudaMemcpy")
         waited = sum(e.time_range.elapsed_us() for e in events if waits.match(e.name))
+        launches = (e.time_range.elapsed_us() for e in events if re.match("cu(da)?Launch", e.name))
+        waited += sum(max(0.0, us - _LAUNCH_US) for us in launches)
     else:
         for e in events:
             times[e.name].append(e.self_cpu_time_total)

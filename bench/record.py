@@ -36,7 +36,7 @@ class Sink:
 def load(path: Path) -> tuple[list[Record], list[Record]]:
     """The machine lines and the measurements of a results file, or of every ``*.jsonl`` of a folder.
 
-    A provisional measurement is left out where the same file holds one that takes its place.
+    Of a training step that a file holds more than once, the last: the others were provisional.
 
     Raises:
         FileNotFoundError: there is no such file, or no results in the folder.
@@ -58,8 +58,8 @@ def _lines(file: Path) -> Iterator[Record]:
 
 
 def _current(records: list[Record]) -> list[Record]:
-    final = {(*group(r), r["provider"]) for r in records if r["bench"] == "train_step" and not r.get("provisional")}
-    return [r for r in records if not r.get("provisional") or (*group(r), r["provider"]) not in final]
+    last = {(*group(r), r["provider"]): i for i, r in enumerate(records) if r["bench"] == "train_step"}
+    return [r for i, r in enumerate(records) if r["bench"] != "train_step" or last[(*group(r), r["provider"])] == i]
 
 
 def shape_text(shape: Record) -> str:
@@ -122,8 +122,7 @@ def sentence(record: Record) -> str:
         text += "  alone"
     if record.get("tokens_per_s"):
         text += f"  {record['tokens_per_s']:,.0f} tok/s"
-    if record.get("profile"):
-        found = record["profile"]
+    if (found := record.get("profile")) and found["device"] == "cuda":
         text += f"  {found['launches']} launches, busy {found['busy_ms']:.2f} ms, host {found['host_ms']:.2f} ms"
     for name, unit in (("saved_bytes", "saved"), ("peak_bytes", "peak")):
         if record.get(name) is not None:

@@ -121,7 +121,7 @@ def machine_text(machines: list[Record]) -> str:
     for m in machines:
         gpu = m.get("gpu")
         name = (
-            f"{gpu['name']}, {gpu['memory'] / 2**30:.0f} GiB, clocks and limits {gpu['clocks']}"
+            f"{gpu['name']}, {gpu['memory'] / 2**30:.0f} GiB, {gpu['limits']}"
             if gpu
             else f"{m['cpu']['name']}, {m['cpu']['cores']} cores ({', '.join(m['cpu']['flags'])})"
         )

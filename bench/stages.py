@@ -56,67 +56,79 @@ class _Calls:
         only = ("--providers", providers) if providers else ()
         return (*ops.split(), *self.into, "--seconds", f"{seconds:g}", *only)
 
-    def first(self) -> list[Stage]:
+    def first(self) -> list[tuple[Stage, ...]]:
         """The headline, where its time goes, the products, attention, and the region where the host is the limit."""
         tuned = ("--quick",) if self.rehearse else ("--model", "7b", "--tokens", "4096,1024")
         ways = "peft,fastlora-addmm,fastlora-triton,fastlora-augmented"
         # On a GPU every stage compiles ahead of its own timing.
         ahead = ("precompile", "--arch", "90", "--model", "tiny", "--tokens", "64", "--ops", "swiglu")
         rehearsed = [Stage("compiling ahead", 90, ahead)] if self.rehearse else []
-        return [
+        # A process each: what the profiler leaves behind would slow the next size down.
+        host_bound = [
+            Stage(f"7B step, {tokens}", 40, self.step(4, "peft,peft-bf16,fastlora", "--profile", tokens=tokens))
+            for tokens in ("1x1024", "1x512", "4x1024")
+        ]
+        alone = [
             *rehearsed,
-            Stage("7B step", 100, self.step(20, "peft,peft-bf16,fastlora,fastlora-bf16", "--profile")),
+            Stage("7B step", 130, self.step(12, "peft,peft-bf16,fastlora,fastlora-bf16", "--profile")),
             Stage("ways of the base product", 45, self.step(4, ways, "--profile", layers=4)),
-            Stage("products", 70, self.ops(0.3, "lora_gemm lora_gemm_t")),
+            Stage("products", 75, self.ops(0.3, "lora_gemm lora_gemm_t")),
             Stage("attention", 55, self.ops(0.3, "attention attention_masked", "fastlora,sdpa,varlen,flash-attn")),
-            Stage(
-                "7B step, host-bound", 75,
-                self.step(5, "peft,peft-bf16,fastlora", "--profile", tokens="1x512,1x1024,4x1024"),
-            ),
+            *host_bound,
             Stage("7B step, dropout", 40, self.step(5, "peft,fastlora", "--dropout", "0.05")),
-            Stage("7B step, rank 64", 40, self.step(5, "peft,fastlora", "--rank", "64")),
             Stage("tuning", 80, ("tune", *self.into, "--seconds", "0.2", *tuned)),
-        ]  # fmt: skip
+        ]
+        return [(stage,) for stage in alone]
 
-    def second(self) -> list[Stage]:
-        """Others at their best, other batches and bases, parity in every dtype, the A100's code, memory accesses."""
-        others = "peft,peft-compile-layers,peft-bf16-compile-layers,liger,liger-bf16,fastlora,fastlora-bf16"
-        tiny = ("--quick",) if self.rehearse else ()
-        models = ("parity", *self.into, *tiny, "--dtype", "bfloat16,float16,float32")
+    def second(self) -> list[tuple[Stage, ...]]:
+        """Others at their best, parity in every dtype, other batches, ranks and bases, the A100's code."""
+        others = "peft,peft-bf16,peft-compile-layers,peft-bf16-compile-layers,liger,liger-bf16,fastlora,fastlora-bf16"
         rest = "rms_norm swiglu rope lora_skinny lora_group lora_mlp linear_cross_entropy"
         return [
-            Stage("others at their best", 80, self.step(10, others, layers=8)),
-            Stage("parity of models", 70, models),
-            Stage("packed and padded", 50, self.step(5, "peft,fastlora", "--batch", "packed,padded", layers=8)),
-            Stage(
-                "the A100's code", 50, self.ops(0.2, "lora_gemm lora_gemm_t attention", "fastlora"),
-                {"TRITON_OVERRIDE_ARCH": "sm80"},
+            (Stage("others at their best", 100, self.step(8, others, layers=8)),),
+            # None of these is timed: all at once.
+            (*self._parity(), self._pytest(), self._sanitizer()),
+            (Stage("packed and padded", 50, self.step(5, "peft,fastlora", "--batch", "packed,padded", layers=8)),),
+            (Stage("7B step, rank 64", 40, self.step(5, "peft,fastlora", "--rank", "64")),),
+            (
+                Stage("the A100's code", 50, self.ops(0.2, "lora_gemm lora_gemm_t attention", "fastlora"),
+                      {"TRITON_OVERRIDE_ARCH": "sm80"}),
             ),
-            Stage("parity of operators", 90, self._pytest(), shell=True, why=_missing("pytest")),
-            Stage("other operators", 50, self.ops(0.2, rest, "fastlora,eager,base,addmm")),
-            Stage(
-                "4-bit base", 40, self.step(5, "peft,fastlora", "--base", "nf4", layers=8), why=_missing("bitsandbytes")
-            ),
-            Stage(
-                "memory accesses", 60, self._sanitizer(), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, shell=True,
-                why=None if self.rehearse or shutil.which("compute-sanitizer") else "there is no compute-sanitizer",
+            (Stage("other operators", 50, self.ops(0.2, rest, "fastlora,eager,base,addmm")),),
+            (
+                Stage("4-bit base", 40, self.step(5, "peft,fastlora", "--base", "nf4", layers=8),
+                      why=_missing("bitsandbytes")),
             ),
         ]  # fmt: skip
 
-    def _pytest(self) -> tuple[str, ...]:
+    def _parity(self) -> list[Stage]:
+        """Of the models of ``bench parity``, a process for each dtype and size."""
+        sizes = [("--quick",)] if self.rehearse else [("--model", "l7b"), ("--model", "mini")]
+        return [
+            Stage(f"parity of models, {' '.join([*size[1:], dtype])}", 110,
+                  ("parity", *self.into, "--dtype", dtype, *size))
+            for dtype in ("bfloat16", "float16", "float32")
+            for size in sizes
+        ]  # fmt: skip
+
+    def _pytest(self) -> Stage:
         tests = "tests/ops/test_swiglu.py" if self.rehearse else "tests/ops"
-        workers = ("-n", "8", "--dist", "worksteal") if find_spec("xdist") and not self.rehearse else ()
-        options = ("-q", "--tb=line", "-p", "no:cacheprovider", *workers)
-        return sys.executable, "-m", "pytest", tests, "--device", self.device, *options
+        workers = ("-n", "10", "--dist", "worksteal") if find_spec("xdist") and not self.rehearse else ()
+        options = ("--tb=short", "--disable-warnings", "-p", "no:cacheprovider", *workers)
+        command = (sys.executable, "-m", "pytest", tests, "--device", self.device, *options)
+        return Stage("parity of operators", 110, command, shell=True, why=_missing("pytest"))
 
-    def _sanitizer(self) -> tuple[str, ...]:
-        """One training step and decoding of a tiny model, every access of its kernels checked."""
-        sanitizer = () if self.rehearse else ("compute-sanitizer", "--error-exitcode", "9")
-        return *sanitizer, sys.executable, "-m", "bench", "parity", *self.into, "--quick"
+    def _sanitizer(self) -> Stage:
+        """Training steps and decoding of a tiny model, every access to memory checked."""
+        found = shutil.which("compute-sanitizer")
+        sanitizer = () if self.rehearse else (found or "", "--error-exitcode", "9")
+        command = (*sanitizer, sys.executable, "-m", "bench", "parity", *self.into, "--quick")
+        why = None if self.rehearse or found else "there is no compute-sanitizer"
+        return Stage("memory accesses", 110, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, shell=True, why=why)
 
 
-def of_call(call: str, results: Path, rehearse: bool) -> list[Stage]:
-    """The stages of "gpu" or "gpu_more", which add their results to a file."""
+def of_call(call: str, results: Path, rehearse: bool) -> list[tuple[Stage, ...]]:
+    """The stages of "gpu" or "gpu_more", which add their results to a file; those of a group run at once."""
     calls = _Calls(results, rehearse)
     return calls.first() if call == "gpu" else calls.second()
 

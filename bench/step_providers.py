@@ -89,6 +89,13 @@ class StepProvider(NamedTuple):
 PROVIDERS = (
     StepProvider("peft", "PEFT, its default: fp32 adapters", True, "peft"),
     StepProvider("peft-bf16", "PEFT, adapters in the model's dtype", False, "peft-bf16"),
+    StepProvider("fastlora", "fastlora: fp32 adapters", True, "peft", after=_fastlora),
+    StepProvider("fastlora-bf16", "fastlora, adapters in the model's dtype", False, "peft-bf16", after=_fastlora),
+    *(
+        StepProvider(f"fastlora-{method}", f"fastlora, FASTLORA_GEMM={method}", True, "peft", after=_fastlora,
+                     environment={"FASTLORA_GEMM": method})
+        for method in _tiles.METHODS["lora_gemm"].names
+    ),
     StepProvider("peft-compile", "PEFT + torch.compile", True, "peft", after=_compile),
     StepProvider("peft-bf16-compile", "PEFT, adapters in the model's dtype + torch.compile", False, "peft-bf16",
                  after=_compile),
@@ -99,13 +106,6 @@ PROVIDERS = (
     StepProvider("liger", "Liger-Kernel + PEFT", True, "peft", before=_liger, package="liger_kernel"),
     StepProvider("liger-bf16", "Liger-Kernel + PEFT, adapters in the model's dtype", False, "peft-bf16",
                  before=_liger, package="liger_kernel"),
-    StepProvider("fastlora", "fastlora: fp32 adapters", True, "peft", after=_fastlora),
-    StepProvider("fastlora-bf16", "fastlora, adapters in the model's dtype", False, "peft-bf16", after=_fastlora),
-    *(
-        StepProvider(f"fastlora-{method}", f"fastlora, FASTLORA_GEMM={method}", True, "peft", after=_fastlora,
-                     environment={"FASTLORA_GEMM": method})
-        for method in _tiles.METHODS["lora_gemm"].names
-    ),
 )  # fmt: skip
 BY_NAME = {provider.name: provider for provider in PROVIDERS}
 

@@ -15,7 +15,8 @@ _COLUMNS = {
     "PEFT, bf16 adapters": ("peft-bf16",),
     "best of torch.compile": ("peft-compile", "peft-bf16-compile", "peft-compile-layers", "peft-bf16-compile-layers"),
     "best of Liger-Kernel": ("liger", "liger-bf16"),
-    "fastlora": ("fastlora", "fastlora-bf16"),
+    "fastlora": ("fastlora",),
+    "fastlora, bf16 adapters": ("fastlora-bf16",),
 }
 _TOP = 10  # kernels of a profile that are listed
 
@@ -52,7 +53,9 @@ def _timed(records: list[Record]) -> Iterable[tuple[Key, list[Record]]]:
 def _row(r: Record, peft: float | None) -> tuple[str, ...]:
     ms = r["ms"]
     return (
-        r["title"] + (" (timed alone)" if r.get("provisional") else ""),
+        r["title"]
+        + (" (provisional)" if r.get("provisional") else "")
+        + (" (a tile failed)" if "given_up" in r else ""),
         f"{ms['median']:,.0f} [{ms['p20']:,.0f}, {ms['p80']:,.0f}]",
         f"{r['tokens_per_s']:,.0f}",
         f"{peft / ms['median']:.2f}×" if peft else "",
@@ -90,12 +93,16 @@ def summary(records: list[Record]) -> str:
     for key, some in _timed(records):
         ms = {r["provider"]: r["ms"]["median"] for r in some if r.get("ms")}
         best = [min((ms[name] for name in names if name in ms), default=None) for names in _COLUMNS.values()]
-        ratio = f" ({best[0] / best[-1]:.2f}×)" if best[0] and best[-1] else ""
         cells = [f"{one:,.0f}" if one else "" for one in best]
-        rows.append((setting(key), *cells[:-1], cells[-1] and f"**{cells[-1]}**{ratio}"))
+        for ours, theirs in ((-2, 0), (-1, 1)):
+            if best[ours]:
+                ratio = f" ({best[theirs] / best[ours]:.2f}×)" if best[theirs] else ""
+                cells[ours] = f"**{cells[ours]}**{ratio}"
+        rows.append((setting(key), *cells))
     if not rows:
         return ""
-    return "**Training steps, ms; in brackets against PEFT's default**\n\n" + table(("", *_COLUMNS), rows)
+    head = "**Training steps, ms; in brackets against PEFT with adapters of the same dtype**\n\n"
+    return head + table(("", *_COLUMNS), rows)
 
 
 def plan(records: list[Record]) -> str:
@@ -143,12 +150,15 @@ def profiles(records: list[Record]) -> str:
         busy, calls = ("GPU busy", "launches") if device == "cuda" else ("profiled step", "operators")
         parts += [f"**Where the time goes, ms: {setting(key)}**", table(("", *names, busy, "step", calls), rows)]
         parts += [_kernels(r) for r in profiled if r["provider"] in ("peft", "fastlora")]
+    if parts:
+        parts.append("Low-rank: fastlora's own kernels; products of rank R by a library are among the products.")
     return "\n\n".join(parts)
 
 
 def _kernels(r: Record) -> str:
     rows = [(f"`{_short(name)}`", f"{n:,}", f"{us / 1e3:,.2f}") for name, n, us in r["profile"]["kernels"][:_TOP]]
-    return f"{r['title']}: the {len(rows)} kernels that take most\n\n" + table(("", "launches", "ms"), rows)
+    calls = "launches" if r["profile"]["device"] == "cuda" else "calls"
+    return f"{r['title']}: the {len(rows)} kernels that take the most time\n\n" + table(("", calls, "ms"), rows)
 
 
 def _short(name: str) -> str:

@@ -1,7 +1,8 @@
 """Training steps of every provider: gated, timed alone at once, then timed in turns.
 
 A provider is timed alone as soon as it is green, so that a run that is cut off keeps what it has: that record is
-"provisional". When all are gated they take turns, and a record of the same provider without that word takes its place.
+"provisional". When all are gated they take turns, and the record of that takes its place. Profiles come last: what
+torch.profiler leaves behind slows the launches of everybody down.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from fastlora.cli.energy import EnergyMeter
+from fastlora.kernels import _tiles
 
 from . import machine, memory, models, prediction, profiling, record
 from .gate import Red
@@ -64,14 +66,17 @@ def measure(
             continue
         refused: Record | None = None
         trainee = None
+        alone = seconds / 4 / len(names)
         try:
             trainee = Trainee(provider, gate.base, judged)
             line |= {"gate": gate.check(trainee), "parity": True}
             if judged != setting:
                 trainee = Trainee(provider, base, setting)
-            line |= _alone(trainee, made, seconds / 4 / len(names))
+            line |= _alone(trainee, made, alone)
         except Red as error:
             refused = {"parity": False, "why": f"parity is red: {error}"}
+            if setting.device == "cuda":  # to find out why; no table shows it
+                refused["red_ms"] = _speed_of_what_is_red(provider, base, setting, made, alone)
         except torch.OutOfMemoryError:
             refused = {"why": "out of memory"}
         except Exception as error:  # a provider that cannot run says why, and the others run on
@@ -81,17 +86,27 @@ def measure(
             free_memory(setting.device)
             yield line | refused
             continue
+        if lost := _tiles.given_up():
+            line["given_up"] = lost
         yield _rated(line | {"provisional": True}, made, setting, ceilings, floor_ms)
-        if profile:
-            line["profile"] = profiling.profile(lambda t=trainee: t.step(made), setting.device)
+        line |= _beside(trainee, made)
         green[provider.name] = trainee, line
     del gate
     free_memory(setting.device)
     thunks: dict[str, Callable[[], Any]] = {name: lambda t=t: t.step(made) for name, (t, _) in green.items()}
     times = interleave(thunks | {"floor": floor}, setting.device, seconds, least=rounds, warm=0)
     floor_ms = record.spread(times["floor"])["median"]
-    for name, (_, line) in green.items():
-        yield _rated(line | {"ms": record.spread(times[name])}, made, setting, ceilings, floor_ms)
+    final = {
+        name: _rated(line | {"ms": record.spread(times[name])}, made, setting, ceilings, floor_ms)
+        for name, (_, line) in green.items()
+    }
+    yield from final.values()
+    # Once more with its profile: what fails or hangs in the profiler must not cost the times.
+    for name, line in final.items() if profile else ():
+        try:
+            yield line | {"profile": profiling.profile(thunks[name], setting.device)}
+        except Exception as error:
+            yield line | {"no_profile": f"{type(error).__name__}: {str(error).strip()[:200]}"}
 
 
 def free_memory(device: str) -> None:
@@ -102,9 +117,8 @@ def free_memory(device: str) -> None:
 
 
 def _alone(trainee: Trainee, made: Batch, seconds: float) -> Record:
-    """A warm step, then steps one after the other: their times, joules, peak memory and saved bytes."""
-    setting, provider = trainee.setting, trainee.provider
-    device = setting.device
+    """A warm step, then steps one after the other: their times and joules."""
+    device = trainee.setting.device
     trainee.step(made)
     machine.synchronize(device)
     meter, times = EnergyMeter(), []
@@ -115,22 +129,35 @@ def _alone(trainee: Trainee, made: Batch, seconds: float) -> Record:
         machine.synchronize(device)
         times.append(1e3 * (time.perf_counter() - begin))
     kwh = meter.kwh() if time.perf_counter() - start >= _ENERGY_SECONDS else None
-    found: Record = {
-        "ms": record.spread(times),
-        "joules": None if kwh is None else round(kwh * 3.6e6 / len(times), 2),
-        "peak_bytes": None,
-        "saved_bytes": None,
-        "plan": prediction.of_step(setting, provider.name),
-        "explain": _explain(trainee.model) if "fastlora" in provider.name else None,
-    }
-    if device == "cuda":
-        trainee.optimizer.zero_grad()
-        found["peak_bytes"] = memory.peak_cuda(lambda: trainee.step(made))
-    if "compile" not in provider.name:  # hooks would make it compile anew
-        with SavedBytes([*trainee.model.parameters(), *trainee.model.buffers()]) as saved:
-            loss = trainee.forward(made)
-        found["saved_bytes"] = saved.bytes
-        del loss
+    return {"ms": record.spread(times), "joules": None if kwh is None else round(kwh * 3.6e6 / len(times), 2)}
+
+
+def _speed_of_what_is_red(
+    provider: StepProvider, base: nn.Module, setting: Setting, made: Batch, seconds: float
+) -> Record | str:
+    try:
+        return _alone(Trainee(provider, base, setting), made, seconds)["ms"]
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip()[:200]}"
+
+
+def _beside(trainee: Trainee, made: Batch) -> Record:
+    """What a step takes beside time: peak memory, saved bytes; what was planned, and what explain says."""
+    setting, provider = trainee.setting, trainee.provider
+    found: Record = {"peak_bytes": None, "saved_bytes": None}
+    try:
+        if setting.device == "cuda":
+            trainee.optimizer.zero_grad()
+            found["peak_bytes"] = memory.peak_cuda(lambda: trainee.step(made))
+        if "compile" not in provider.name:  # hooks would make it compile anew
+            with SavedBytes([*trainee.model.parameters(), *trainee.model.buffers()]) as saved:
+                loss = trainee.forward(made)
+            found["saved_bytes"] = saved.bytes
+            del loss
+        found["plan"] = prediction.of_step(setting, provider.name)
+        found["explain"] = _explain(trainee.model) if "fastlora" in provider.name else None
+    except Exception as error:  # the times stand without it
+        found["why_no_more"] = f"{type(error).__name__}: {str(error).strip()[:200]}"
     return found
 
 

@@ -31,6 +31,7 @@ _GPU = tuple(name for name, provider in BY_NAME.items() if not provider.environm
 _SMALL = ["--model", "small", "--tokens", "4x512,1x2048"]
 _FP32 = ["--dtype", "float32", "--providers", "peft,peft-compile,peft-compile-layers,liger,fastlora"]
 _MEMORY = ["--model", "small", "--memory", "only", "--providers", "peft,peft-bf16,peft-compile-layers,fastlora"]
+_PROFILE = ["--model", "small", "--providers", "peft,peft-bf16,fastlora", "--profile"]
 _ON_CPU = ["--device", "cpu", "--providers", "peft,peft-compile,fastlora", "--seconds", "30", "--memory", "off"]
 _TUNED = ["--allocator", "tuned"]
 # What `--suite` stands for: arguments by the name of their results file; a group is all that begin with its name.
@@ -38,6 +39,7 @@ _GROUPS = ("readme", "cpu")
 SUITES = {
     "readme_bf16": [*_SMALL, "--dtype", "bfloat16", "--seconds", "45", "--memory", "off"],
     "readme_fp32": [*_SMALL, *_FP32, "--seconds", "45", "--memory", "off"],
+    "readme_profile": [*_PROFILE, "--tokens", "2x512", "--seconds", "20", "--memory", "off"],
     "readme_memory": [*_MEMORY, "--tokens", "1x512,2x512,4x512"],
     "cpu_small": [*_ON_CPU, "--tokens", "4x512,1x2048"],
     "cpu_small_tuned": [*_ON_CPU, *_TUNED],
@@ -107,10 +109,14 @@ def _run(args: argparse.Namespace, sink: record.Sink) -> int:
             lines = (setting.record() | _named(setting, name) for name in names)
         else:
             lines = steps.measure(setting, names, args.seconds, ceilings[setting.dtype], args.rounds, args.profile)
+        beside: dict[str, dict[str, Any]] = {}
         for line in lines:
-            red += line.get("parity") is False and line["provider"].startswith("fastlora")
+            ours = line["provider"].startswith("fastlora")
+            red += ours and (line.get("parity") is False or "given_up" in line)
             if not line.get("provisional") and not line.get("why"):
-                line |= _memory(setting, line["provider"], args)
+                name = line["provider"]
+                beside[name] = beside[name] if name in beside else _memory(setting, name, args)
+                line |= beside[name]
             sink.write(line | {"ceilings": ceilings[setting.dtype]._asdict()})
     return red
 

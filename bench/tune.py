@@ -17,7 +17,7 @@ from fastlora.kernels import _cache, _tiles
 from fastlora.tuning import calls, measure, rows, screen
 from fastlora.tuning.aot import SHARED_LIMIT
 
-from . import record
+from . import machine, record
 from .cli import common_options, new_parser, open_sink
 
 HEAD = ("kernel", "M", "N", "K", "R", "Triton ms", "tile", "library ms", "library", "Triton / library")
@@ -44,9 +44,20 @@ def main(argv: list[str]) -> int:
     if device.type == "cuda" and arch in SHARED_LIMIT:
         tiles = screen.best_tiles(wanted, arch, args.tiles, _say)
     done = []
-    for call, entry in measure.tune(
-        wanted, environment, again=True, measure=lambda call: measure.measure(call, args.seconds, tiles.get(call, ()))
-    ):
+    for call in wanted:
+        try:
+            ((_, entry),) = measure.tune(
+                [call],
+                environment,
+                again=True,
+                measure=lambda call: measure.measure(call, args.seconds, tiles.get(call, ())),
+            )
+        except (measure.Refused, RuntimeError) as error:  # no candidate is right, none fits, or none can be captured
+            sink.write(
+                _of(call) | {"provider": "", "why": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+            )
+            machine.synchronize(args.device)  # raises where the GPU is lost to this process
+            continue
         done.append((call, entry))
         for line in _records(call, entry):
             sink.write(line)
@@ -80,11 +91,14 @@ def _say(done: int, total: int, at: str) -> None:
         print(f"{done} of {total} compiled {at}", flush=True)
 
 
-def _records(call: _tiles.Call, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One per candidate: its time, or why it was refused."""
+def _of(call: _tiles.Call) -> record.Record:
     shape = {name: size for name, size in zip("MNKRP", call[3:], strict=True) if size}
-    common = {"bench": "tune", "op": call.kernel, "shape": shape, "dtype": str(call.dtype)[6:]}
+    return {"bench": "tune", "op": call.kernel, "shape": shape, "dtype": str(call.dtype)[6:]}
+
+
+def _records(call: _tiles.Call, entry: dict[str, Any]) -> Iterator[record.Record]:
+    """One per candidate: its time, or why it was refused."""
     for name, ms in entry["all"].items():
-        yield common | {"provider": name, "graph_ms": {"median": ms}}
+        yield _of(call) | {"provider": name, "graph_ms": {"median": ms}}
     for name, why in entry["refused"].items():
-        yield common | {"provider": name, "why": why}
+        yield _of(call) | {"provider": name, "why": why}

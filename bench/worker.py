@@ -10,11 +10,12 @@ import json
 import os
 import sys
 
-import peft  # noqa: F401
-import transformers.models.llama.modeling_llama  # noqa: F401
+if __name__ == "__main__":  # and not in the processes that this one spawns, which import it by another name
+    import peft  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
-from . import __main__ as bench
-from . import parity, train_step, tune  # noqa: F401
+    from . import __main__ as bench
+    from . import parity, train_step, tune  # noqa: F401
 
 
 def main() -> int:

@@ -2,6 +2,8 @@
 
 The poison is PyTorch's own: under deterministic algorithms every empty float tensor is filled with NaN, whether Python,
 ATen or csrc allocates it. An output that a kernel forgets to write is then seen.
+
+`pytest tests/ops --device cuda` runs the operators' tests on a GPU: CUDA is the default device (on_gpu.py).
 """
 
 from __future__ import annotations
@@ -23,6 +25,21 @@ if INTERPRET:
     bf16_interpreter.install()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the tests of tests/ops run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if on_gpu(config):  # before a module of tests is read: some make tensors right there
+        from on_gpu import begin
+
+        begin(config)
+
+
+def on_gpu(config: pytest.Config) -> bool:
+    return config.getoption("--device", default="cpu") == "cuda"
+
+
 def cpu_kernels() -> str:
     """What the CPU key runs in this process: "csrc", "aten" or "triton (interpreter)"."""
     from fastlora.kernels import _library, rms_norm  # noqa: F401  the operator must be registered to be asked about
@@ -35,7 +52,11 @@ def backend() -> str:
     return cpu_kernels()
 
 
-def pytest_report_header() -> str:
+def pytest_report_header(config: pytest.Config) -> str:
+    if on_gpu(config):
+        from on_gpu import header
+
+        return header()
     return f"fastlora on the CPU: {cpu_kernels()}"
 
 

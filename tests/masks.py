@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 def unpack(mask: torch.Tensor, k: int) -> torch.Tensor:
     """Bits (M, ⌈k/8⌉) as booleans (M, k)."""
-    return ((mask[:, :, None] >> torch.arange(8)) & 1).bool().flatten(1)[:, :k]
+    return ((mask[:, :, None] >> torch.arange(8, device=mask.device)) & 1).bool().flatten(1)[:, :k]
 
 
 class Drawn(TorchDispatchMode):

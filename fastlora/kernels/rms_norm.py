@@ -108,7 +108,7 @@ def _bwd_aten(dy, x, weight, rstd, dresidual, need_dw, need_n):
     if dresidual is not None:
         dx += dresidual
     normalised = normalised.to(x.dtype)
-    dw = (dy.float() * normalised).sum(0) if need_dw else torch.empty(0)
+    dw = (dy.float() * normalised).sum(0) if need_dw else weight.new_empty(0)
     n = (weight * normalised).to(dy.dtype) if need_n else dy.new_empty(0)
     return dx.to(x.dtype), dw.to(weight.dtype), n
 

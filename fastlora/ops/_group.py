@@ -99,9 +99,12 @@ class Group(NamedTuple):
         return [one.shape[1] for one in self.b]
 
     def seeds(self) -> torch.Tensor:
-        """Drawn from torch's generator, so that checkpointing replays the masks."""
+        """Drawn from torch's CPU generator, so that checkpointing replays the masks; whatever the default device is, which
+        a checkpoint's second forward does not see."""
         n = len(self.rates)
-        return torch.randint(2**62, (n,)) if any(self.rates) else torch.zeros(n, dtype=torch.int64)
+        if any(self.rates):
+            return torch.randint(2**62, (n,), device="cpu")
+        return torch.zeros(n, dtype=torch.int64, device="cpu")
 
     def masks(self, x: torch.Tensor, seeds: torch.Tensor) -> list[torch.Tensor | None]:
         draw = torch.ops.fastlora.dropout_mask

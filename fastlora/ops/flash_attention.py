@@ -122,7 +122,7 @@ def flash_attention(
         raise ValueError(f"{op}: scale is {scale}, needs more than 0")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"{op}: dropout_p is {dropout_p}, needs a probability")
-    seed = torch.randint(2**62, ()) if dropout_p else None
+    seed = torch.randint(2**62, (), device="cpu") if dropout_p else None
     if cu_seqlens is not None:
         position_ids = _packed_positions(cu_seqlens, T)
     tensors = map(_unit_stride, (q, k, v, key_padding_mask, position_ids))

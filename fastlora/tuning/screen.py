@@ -10,6 +10,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -156,8 +157,10 @@ def best_tiles(
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(compile_one, job[0].kernel, job[2], arch, [job[0]]) for job in jobs]
         for done, ((_, call, tile), future) in enumerate(zip(jobs, futures, strict=True), 1):
-            if future.result().survives(arch):
-                found[call].append(tile)
+            # A process that dies takes its pool's other jobs along: the tiles found so far, and the shipped ones, stay.
+            with contextlib.suppress(BrokenProcessPool):
+                if future.result().survives(arch):
+                    found[call].append(tile)
             progress(done, len(jobs), call.kernel)
     return found
 

@@ -44,3 +44,11 @@ def test_a_lost_padding_is_red(monkeypatch):
     monkeypatch.setitem(BY_NAME, "fastlora", FASTLORA._replace(after=tokens_off))
     lines = list(parity.decoding(Setting("tiny", torch.float32, "cpu", 2, 40, 2), ("fastlora",)))
     assert [line["parity"] for line in lines] == [False] * 2 and "over budget" in lines[0]["why"]
+
+
+def test_a_tile_that_fails_is_red(monkeypatch):
+    """What serves in its place is right, and hides it."""
+    lost = [[], ["swiglu triton"]]
+    monkeypatch.setattr(parity._tiles, "given_up", lambda: lost.pop(0))
+    line = parity._judged(lambda: {"dA": 0.5})
+    assert line["parity"] is False and line["why"] == "parity is red: a tile does not run here: swiglu triton"

@@ -60,7 +60,7 @@ def test_tables_and_plots(folder):
     text = (folder / "report.md").read_text()
     # The time of the turns, and not the provisional one; 160 ms of 400 are covered by kernels.
     assert "| fastlora | 400 [394, 418] | 5,000 | 2.50× | 50% | 40% | 50 | 300 | 60% | 90 |" in text
-    assert "| PEFT | 1,000 [940, 1,060] | 2,000 | 1.00× | 50% | 40% | 200 |" in text and "timed alone" not in text
+    assert "| PEFT | 1,000 [940, 1,060] | 2,000 | 1.00× | 50% | 40% | 200 |" in text and "provisional" not in text
     assert "| small (8 layers), 4×512 tokens, bfloat16, r=16: fastlora | 1.25 | 1.25 |" in text
     # Kinds of kernels: products, ours, the rest; busy, step, launches.
     assert "| fastlora | 100.0 | 50.0 | 10.0 | 160.0 | 400.0 | 11 |" in text and "| `gemm` | 7 | 100.00 |" in text
@@ -93,11 +93,11 @@ def test_the_profiles_go_into_the_page_on_performance(folder):
     assert "**Where the time goes" in text and "/profile.png)" in text and "old" not in text
 
 
-def test_what_was_cut_off_is_reported_as_timed_alone(folder):
+def test_what_was_cut_off_is_reported_as_provisional(folder):
     lines = [MACHINE, step("peft", "PEFT", [900.0, 1000.0, 1100.0], None) | {"provisional": True}]
     (folder / "all.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert bench.main(["report", str(folder)]) == 0
-    assert "| PEFT (timed alone) | 1,000 [940, 1,060] |" in (folder / "report.md").read_text()
+    assert "| PEFT (provisional) | 1,000 [940, 1,060] |" in (folder / "report.md").read_text()
 
 
 def test_a_folder_without_results_is_refused(tmp_path, capsys):

@@ -102,7 +102,7 @@ def test_the_plan_foretells_what_a_layer_keeps_for_backward():
     for layers in (2, 3):
         s = setting(model="mini", layers=layers, sequence=64)
         trainee = training.Trainee(BY_NAME["fastlora"], models.base_model(s.shape, s.dtype, s.device), s)
-        line = steps._alone(trainee, batch(s), 0.0)
+        line = steps._beside(trainee, batch(s))
         kept[layers] = line["saved_bytes"], line["plan"]["saved_bytes"]
     measured, planned = (kept[3][i] - kept[2][i] for i in range(2))
     assert measured == planned > 0
@@ -140,3 +140,19 @@ def test_packed_and_padded_hold_the_same_documents():
 def test_the_flop_formula():
     """32 layers of 7B at 4096: 30.19 GFLOP per token."""
     assert models.shape("7b").flops(1, 4096) == pytest.approx(30.19e9, rel=1e-3)
+
+
+def test_a_tile_that_fails_is_told_with_the_time(monkeypatch):
+    """Another tile, or the composition, has served: what was timed is not what is shipped."""
+    monkeypatch.setattr(steps._tiles, "given_up", lambda: ["lora_gemm triton 128×128"])
+    lines = list(steps.measure(setting(), ("fastlora",), 0.1, machine.Ceilings(1e9, 1e10)))
+    assert all(line["given_up"] == ["lora_gemm triton 128×128"] for line in lines) and len(lines) == 2
+
+
+def test_a_profile_that_fails_costs_no_time(monkeypatch):
+    def fails(*arguments):
+        raise RuntimeError("no CUPTI")
+
+    monkeypatch.setattr(steps.profiling, "profile", fails)
+    *_, line = steps.measure(setting(), ("peft",), 0.1, machine.Ceilings(1e9, 1e10), profile=True)
+    assert line["ms"]["n"] >= 3 and line["no_profile"] == "RuntimeError: no CUPTI"

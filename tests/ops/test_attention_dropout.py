@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from budget import Budget
 from ops.test_dropout import BOUND, agreement, z
 from ops.test_flash_attention import make, packed, padding
-from ops.witness import _figures, _leaves, _results, random_incoming, run
+from ops.witness import TRITON, _figures, _leaves, _results, random_incoming, run
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import reference
-from fastlora.kernels._library import INTERPRET
 from fastlora.ops import flash_attention
 
 CASES = {
@@ -108,7 +107,7 @@ def test_rate_and_independence(p):
                 assert abs(agreement(pairs[:, 0], pairs[:, 1], p)) < BOUND, (axis, lag)
 
 
-@pytest.mark.skipif(not INTERPRET, reason="the CPU kernel draws slab after slab")
+@pytest.mark.skipif(not TRITON, reason="the CPU kernel draws slab after slab")
 def test_a_function_of_place_alone():
     """Whatever the shapes and the other masks."""
     small = kept(3, 0.4, H=2, T=40, causal=False)

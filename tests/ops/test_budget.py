@@ -5,6 +5,8 @@ import torch
 from budget import Budget, assert_within_budget, ulp
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# On a GPU the same seed draws other numbers.
+OF_ONE_SEED = pytest.mark.cpu_only(reason="holds of the numbers that one seed draws on a CPU")
 
 
 def products(dtype):
@@ -75,6 +77,7 @@ def drawn(size: int, off: float = 1.0) -> Budget:
     return budget
 
 
+@OF_ONE_SEED
 @pytest.mark.parametrize("size", [1, 8, 512])
 def test_luck_is_no_excess(size):
     """Of many quantities of no more error than eager's: none. Without allowing for luck, some."""
@@ -88,6 +91,7 @@ def test_luck_is_no_excess(size):
     assert strict
 
 
+@OF_ONE_SEED
 @pytest.mark.parametrize(("size", "off"), [(1, 8), (8, 2.5), (512, 1.4), (10_000, 1.25)])
 def test_luck_hides_no_fault(size, off):
     """The smaller the quantity, the larger what can be told from luck."""
@@ -95,6 +99,7 @@ def test_luck_hides_no_fault(size, off):
     assert all(drawn(size, off).excess() for _ in range(20))
 
 
+@OF_ONE_SEED
 def test_luck_hides_no_wrong_element():
     torch.manual_seed(0)
     budget = Budget("noise", luck=True)

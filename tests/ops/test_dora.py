@@ -1,6 +1,6 @@
 import pytest
 import torch
-from ops.witness import FLOATS, check, perturbing, run
+from ops.witness import DEVICE, FLOATS, check, perturbing, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora.ops import dora
@@ -68,7 +68,7 @@ def test_an_adapter_that_cancels_part_of_the_base(dtype, part):
 
 def test_autocast_leaves_the_norm_alone():
     tensors = make(37, 33, 40, size=4.0)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         under = dora(**tensors)
     assert torch.equal(under, dora(**tensors))
 
@@ -166,7 +166,7 @@ def test_two_runs_are_bit_identical():
         ({"lora_a": torch.ones(4, 41)}, r"lora_a has shape \(4, 41\), needs \(any, 40\) as \(R, K\)"),
         ({"lora_b": torch.ones(33, 5)}, r"lora_b has shape \(33, 5\), needs \(33, 4\) as \(N, R\)"),
         ({"bias": torch.ones(32)}, r"bias has shape \(32,\), needs \(33\)"),
-        ({"lora_a": torch.ones(4, 40, device="meta")}, "lora_a is on meta, needs cpu, the device of y"),
+        ({"lora_a": torch.ones(4, 40, device="meta")}, f"lora_a is on meta, needs {DEVICE}, the device of y"),
     ],
 )
 def test_errors_name_the_argument(change, message):

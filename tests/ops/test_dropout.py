@@ -9,8 +9,9 @@ import math
 import pytest
 import torch
 from masks import unpack
-from ops.witness import FLOATS
+from ops.witness import FLOATS, TRITON, Calls
 
+from fastlora import ops
 from fastlora.kernels import dropout  # noqa: F401  registers the operators
 from fastlora.kernels._library import INTERPRET
 
@@ -24,9 +25,13 @@ KNOWN = {
 }
 
 
+def bits(like: torch.Tensor, seed: int, p: float) -> torch.Tensor:
+    return torch.ops.fastlora.dropout_mask(like, torch.tensor(seed, device="cpu"), p)
+
+
 def draw(seed: int, p: float = 0.5, m: int = M, k: int = K) -> torch.Tensor:
     """(m, k) booleans: what is kept."""
-    return unpack(torch.ops.fastlora.dropout_mask(torch.empty(m, k), torch.tensor(seed), p), k)
+    return unpack(bits(torch.empty(m, k), seed, p), k)
 
 
 def z(kept: torch.Tensor, p: float) -> torch.Tensor:
@@ -105,8 +110,8 @@ def test_a_function_of_the_seed_alone():
 @pytest.mark.parametrize("seed", [0, 1, LAST_SEED])
 def test_known_masks(seed):
     """A run that is resumed elsewhere drops the same: csrc and ATen make one sequence, Triton another."""
-    known = KNOWN["triton" if INTERPRET else "cpu"][seed]
-    mask = torch.ops.fastlora.dropout_mask(torch.empty(2, 20), torch.tensor(seed), 0.5)
+    known = KNOWN["triton" if TRITON else "cpu"][seed]
+    mask = bits(torch.empty(2, 20), seed, 0.5)
     assert bytes(mask.flatten().tolist()).hex() == known
 
 
@@ -126,9 +131,9 @@ def test_layout(m, k):
     """One byte for eight elements of a row, on any dtype of x; a row begins a byte."""
     for dtype in FLOATS:
         like = torch.empty(m, k, dtype=dtype)
-        mask = torch.ops.fastlora.dropout_mask(like, torch.tensor(1), 0.5)
+        mask = bits(like, 1, 0.5)
         assert mask.shape == (m, -(-k // 8)) and mask.dtype == torch.uint8
-        assert torch.equal(mask, torch.ops.fastlora.dropout_mask(torch.empty(m, k), torch.tensor(1), 0.5))
+        assert torch.equal(mask, bits(torch.empty(m, k), 1, 0.5))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -140,3 +145,20 @@ def test_apply_mask(m, k, dtype):
     out = torch.ops.fastlora.apply_mask(x, mask)
     assert out.dtype == dtype
     assert torch.equal(out, torch.where(unpack(mask, k), x, 0))
+
+
+@pytest.mark.parametrize("draw", ["attention", "group"])
+def test_seeds_are_drawn_on_the_cpu_whatever_the_default_device(draw):
+    """A checkpoint's second forward runs where the default device is off: another generator would draw other masks."""
+    q = torch.randn(1, 1, 8, 32)
+    projection = ops.Projection(
+        torch.randn(64, 32), None, (ops.Branch(torch.randn(4, 32), torch.randn(64, 4), 1.0, 0.5),)
+    )
+    with Calls() as seen, torch.device("meta"):
+        if draw == "attention":
+            ops.flash_attention(q, q, q, dropout_p=0.5)
+        else:
+            ops.lora_group(q[0, 0], [projection])
+    tensors = [arg for _, args in seen.calls for arg in args if isinstance(arg, torch.Tensor)]
+    seeds = [t for t in tensors if t.dtype == torch.int64]
+    assert seeds and all(seed.device.type == "cpu" for seed in seeds)

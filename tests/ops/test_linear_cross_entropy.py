@@ -2,14 +2,14 @@ import weakref
 
 import pytest
 import torch
-from ops.witness import FLOATS, Calls, called, check, perturbing, run
+from ops.witness import DEVICE, FLOATS, TRITON, Calls, called, check, perturbing, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora.kernels import linear_cross_entropy as kernels
-from fastlora.kernels._library import INTERPRET
 from fastlora.ops import linear_cross_entropy
 
 IGNORE = -100
+RAISED = pytest.mark.cpu_only(reason="a GPU gives NaN, and waits for nobody")
 
 
 def make(M=37, H=24, V=50, dtype=torch.float32, ignored=0.3, train=("hidden",), lead=None):
@@ -28,7 +28,7 @@ def make(M=37, H=24, V=50, dtype=torch.float32, ignored=0.3, train=("hidden",), 
 
 @pytest.fixture
 def chunks_of_eight(monkeypatch):
-    monkeypatch.setattr(kernels, "_CPU_ROWS", 8)
+    monkeypatch.setattr(kernels, "chunk_rows", lambda *sizes: 8)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -156,7 +156,7 @@ def test_non_contiguous():
 @pytest.mark.parametrize("train", [("hidden",), ("hidden", "weight")])
 def test_autocast_is_the_bf16_result(train):
     tensors = make(train=train)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         under = run(linear_cross_entropy, tensors, lambda y: [torch.ones(())])
     cast = {n: tensors[n].detach().bfloat16().requires_grad_(n in train) for n in ("hidden", "weight")}
     plain = run(linear_cross_entropy, tensors | cast, lambda y: [torch.ones(())])
@@ -197,7 +197,7 @@ def test_runs_our_rows_once_per_chunk(chunks_of_eight, monkeypatch):
     assert rows == [8, 8, 8, 8, 5]
 
 
-@pytest.mark.skipif(not INTERPRET, reason="csrc raises IndexError before")
+@pytest.mark.skipif(not TRITON, reason="csrc raises IndexError before")
 def test_a_label_out_of_range_is_nan_in_loss_and_gradient():
     logits = torch.randn(3, 50)
     loss = kernels.cross_entropy_rows(logits, torch.tensor([49, 50, -1]), torch.ones(()), True)
@@ -241,13 +241,17 @@ def test_two_runs_are_bit_identical():
         ({"weight": torch.ones(50, 24).half()}, TypeError, "weight is float16, needs float32 to match hidden"),
         ({"labels": torch.zeros(6).long()}, ValueError, r"labels has shape \(6,\), needs \(5\) to match hidden"),
         ({"labels": torch.zeros(5).int()}, TypeError, "labels is int32, needs int64"),
-        ({"labels": torch.zeros(5).long().to("meta")}, ValueError, "labels is on meta, needs cpu, the device of hidden"),
+        ({"labels": torch.zeros(5).long().to("meta")}, ValueError, f"labels is on meta, needs {DEVICE}, the device of"),
         ({"reduction": "max"}, ValueError, "reduction is 'max', needs 'mean', 'sum' or 'none'"),
         ({"reduction": "sum", "num_items": 3}, ValueError, "num_items goes with reduction 'mean', got 'sum'"),
         ({"num_items": torch.ones(2)}, ValueError, r"num_items has shape \(2,\), needs \(\) a single number"),
         ({"weight": torch.ones(50, 24, requires_grad=True), "reduction": "none"}, ValueError, "weight requires a gradient"),
-        ({"labels": torch.tensor([1, 2, 50, 3, 4])}, IndexError, r"labels must be in \[0, 50\), got 50"),
-        ({"labels": torch.tensor([1, -1, 2, 3, 4])}, IndexError, r"labels must be in \[0, 50\), got -1"),
+        pytest.param(
+            {"labels": torch.tensor([1, 2, 50, 3, 4])}, IndexError, r"labels must be in \[0, 50\), got 50", marks=RAISED
+        ),
+        pytest.param(
+            {"labels": torch.tensor([1, -1, 2, 3, 4])}, IndexError, r"labels must be in \[0, 50\), got -1", marks=RAISED
+        ),
     ],
 )  # fmt: skip
 def test_errors_name_the_argument(change, error, message):

@@ -10,10 +10,9 @@ import pytest
 import torch
 from budget import Budget
 from masks import Drawn
-from ops.witness import DRAWS, FLOATS, _figures, _leaves, called, perturbing, random_incoming
+from ops.witness import DEVICE, DRAWS, FLOATS, TRITON, _figures, _leaves, called, perturbing, random_incoming
 
 from fastlora import reference
-from fastlora.kernels._library import INTERPRET
 from fastlora.ops import Branch, Projection, lora_group
 
 ADAPTERS = r"[ab]\d\d"
@@ -228,7 +227,7 @@ def test_only_some_gradients(rate, train):
     check(Case(N=(33,), ranks=((4,),), rate=rate, train=train, residual=torch.float32))
 
 
-@pytest.mark.skipif(not INTERPRET, reason="the Triton launcher's choice")
+@pytest.mark.skipif(not TRITON, reason="the Triton launcher's choice")
 @pytest.mark.parametrize("method", ["triton", "addmm", "augmented"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_every_way_to_multiply(dtype, method, monkeypatch):
@@ -340,7 +339,7 @@ def test_autocast(kind):
     tensors = half.make()
     wide = {n: t.detach().float().requires_grad_(t.requires_grad) for n, t in tensors.items()}
     torch.manual_seed(1)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         results = case.ours(leaves := _leaves(wide))
     incoming = random_incoming(results)
     under = _figures(results, leaves, incoming)
@@ -385,7 +384,7 @@ def test_independent_masks_of_torchs_generator():
         case.ours(tensors)
         case.ours(tensors)
     assert not torch.equal(torch.get_rng_state(), state)
-    assert len({mask.numpy().tobytes() for mask in drawn.masks}) == 4
+    assert len({mask.cpu().numpy().tobytes() for mask in drawn.masks}) == 4
 
 
 RUNS = {"lora_gemm": 1, "lora_project_t": 1, "lora_gemm_t": 1, "lora_reduce_t": 1}

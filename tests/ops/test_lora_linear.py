@@ -1,8 +1,7 @@
 import pytest
 import torch
-from ops.witness import FLOATS, called, check, perturbing, run
+from ops.witness import DEVICE, FLOATS, TRITON, called, check, perturbing, run
 
-from fastlora.kernels._library import INTERPRET
 from fastlora.ops import lora_linear
 
 EVERYTHING = ("x", "weight", "lora_a", "lora_b", "bias")
@@ -75,7 +74,7 @@ def test_scaling(scaling):
     check(lora_linear, make, scaling=scaling)
 
 
-@pytest.mark.skipif(not INTERPRET, reason="the Triton launcher's choice")
+@pytest.mark.skipif(not TRITON, reason="the Triton launcher's choice")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("method", ["triton", "addmm", "augmented"])
 def test_every_way_to_multiply(method, dtype, monkeypatch):
@@ -135,7 +134,7 @@ def test_expanded_and_transposed_gradients(dtype):
 @pytest.mark.parametrize("adapters", [torch.bfloat16, torch.float32])
 def test_autocast_is_the_bf16_result(adapters):
     tensors, dy = make(37, 70, 66, adapters=adapters, bias=True), torch.randn(37, 66).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         under = run(lora_linear, tensors, lambda y: [dy])
     cast = {name: tensors[name].detach().bfloat16() for name in ("x", "weight", "bias")}
     cast["x"].requires_grad_()
@@ -189,7 +188,7 @@ def test_two_runs_are_bit_identical():
         ({"lora_b": torch.ones(40, 4).bfloat16()}, TypeError, "lora_b is bfloat16, needs float32 to match lora_a"),
         ({"bias": torch.ones(41)}, ValueError, r"bias has shape \(41,\), needs \(40\) to match the rows of weight"),
         ({"bias": torch.ones(40).bfloat16()}, TypeError, "bias is bfloat16, needs float32 to match x"),
-        ({"lora_b": torch.ones(40, 4, device="meta")}, ValueError, "lora_b is on meta, needs cpu, the device of x"),
+        ({"lora_b": torch.ones(40, 4, device="meta")}, ValueError, f"lora_b is on meta, needs {DEVICE}, the device"),
     ],
 )  # fmt: skip
 def test_errors_name_the_argument(change, error, message):

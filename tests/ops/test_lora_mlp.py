@@ -10,7 +10,7 @@ import pytest
 import torch
 from budget import Budget
 from masks import Drawn
-from ops.witness import DRAWS, FLOATS, _figures, _leaves, called, perturbing, random_incoming
+from ops.witness import DEVICE, DRAWS, FLOATS, _figures, _leaves, called, perturbing, random_incoming
 
 from fastlora import reference
 from fastlora.ops import Branch, Projection, lora_mlp
@@ -196,7 +196,7 @@ def test_autocast():
     tensors = half.make()
     wide = {n: t.detach().float().requires_grad_(t.requires_grad) for n, t in tensors.items()}
     torch.manual_seed(1)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         results = half.call(lora_mlp, leaves := _leaves(wide))
     incoming = random_incoming(results)
     under = _figures(results, leaves, incoming)

@@ -6,12 +6,14 @@ import sys
 
 import pytest
 import torch
+from ops.witness import TRITON
 
 from fastlora import ops, reference
 from fastlora.kernels import _library, dropout, flash_attention
 from fastlora.kernels._library import INTERPRET
 
 M, K, N, R = 5, 24, 40, 4
+SEED = torch.tensor(1234, device="cpu")  # where the ops draw it
 # What the compositions for the CPU are made of: not Triton on any device.
 ON_CPU = {"accumulate", "apply_mask", "attention_softmax", "attention_softmax_bwd", "tall_product"}
 ON_CPU |= {"fused_attention_fwd", "fused_attention_bwd"}
@@ -32,7 +34,6 @@ def samples() -> dict[str, list[tuple]]:
     q, k = normal(2, 4, 6, 32).transpose(1, 2).contiguous().transpose(1, 2), normal(2, 2, 6, 32)
     cos, sin, table = normal(2, 6, 32), normal(1, 6, 32), normal(1, M, 8)
     out, lse = torch.ops.fastlora.flash_attention_fwd(q, k, k, None, None, 0.2, True, None, 0.0, None)
-    seed = torch.tensor(1234)
     keys = torch.arange(6)
     real, positions = torch.ones(2, 6, dtype=torch.bool), torch.arange(6)[None]
     return {
@@ -41,7 +42,7 @@ def samples() -> dict[str, list[tuple]]:
         "rope": [(q, k, cos, cos.clone(), False), (q, k, sin, sin.clone(), True)],
         "swiglu_fwd": [(x, x.clone())],
         "swiglu_bwd": [(x, x.clone(), x.clone())],
-        "dropout_mask": [(x, torch.tensor(1234), 0.3)],
+        "dropout_mask": [(x, SEED, 0.3)],
         "apply_mask": [(x, mask)],
         "lora_project": [(x, [a], [0.5], [None]), (x, [a, a.clone()], [0.5, 2.0], [mask, None]), (x, [], [], [])],
         "lora_project_t": [([y], [b], [0.5]), ([y, y.clone()], [b, b.clone()], [0.5, 2.0])],
@@ -69,11 +70,11 @@ def samples() -> dict[str, list[tuple]]:
         ],
         "flash_attention_fwd": [
             (q, k, k, None, None, 0.2, True, None, 0.0, None),
-            (q, k, k, real, positions, 0.2, True, 3, 0.1, seed),
+            (q, k, k, real, positions, 0.2, True, 3, 0.1, SEED),
         ],
         "flash_attention_bwd": [
             (out, q, k, k, out, lse, None, None, 0.2, True, None, 0.0, None),
-            (out, q, k, k, out, lse, None, None, 0.2, True, None, 0.1, seed),
+            (out, q, k, k, out, lse, None, None, 0.2, True, None, 0.1, SEED),
         ],
         "attention_softmax": [(q.flatten(0, 1).contiguous(), keys, keys + 9, None, 0.2)],
         "attention_softmax_bwd": [(normal(3, 6, 7), normal(3, 6, 7), keys, keys + 2, normal(7), 0.2)],
@@ -102,6 +103,7 @@ def test_opcheck(name):
         torch.library.opcheck(getattr(torch.ops.fastlora, name).default, arguments)
 
 
+@pytest.mark.cpu_only(reason="of the CPU key")
 def test_the_cpu_key_runs_what_this_process_is_meant_to_test(backend):
     """Triton under its interpreter; csrc where it is loaded; ATen everywhere else."""
     kinds = {name: _library.runs_on_cpu(name) for name in registered()}
@@ -115,7 +117,7 @@ def test_the_cpu_key_runs_what_this_process_is_meant_to_test(backend):
         assert set(kinds.values()) == {"aten"}
 
 
-@pytest.mark.skipif(not INTERPRET, reason="the Triton launchers run under TRITON_INTERPRET=1 only")
+@pytest.mark.skipif(not TRITON, reason="the Triton launchers run on a GPU, and under TRITON_INTERPRET=1")
 @pytest.mark.parametrize("name", sorted(set(registered()) - ON_CPU))
 def test_nothing_comes_out_without_the_kernel(name, monkeypatch):
     """Without launches all is poison: nothing but the kernel computes it, and no test can miss that it did not run."""
@@ -155,7 +157,7 @@ def test_tf32_is_the_users_own_setting(switch):
     assert found.stdout.split() == ["ieee", "tf32", "ieee"]
 
 
-@pytest.mark.parametrize("draw", [lambda x: dropout.dropout_mask(x, torch.tensor(1), 0.5), lambda x: attend(x, 0.5)])
+@pytest.mark.parametrize("draw", [lambda x: dropout.dropout_mask(x, SEED, 0.5), lambda x: attend(x, 0.5)])
 def test_no_cuda_graph_repeats_a_seed(draw, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -165,4 +167,4 @@ def test_no_cuda_graph_repeats_a_seed(draw, monkeypatch):
 
 def attend(x, p):
     q = x.view(1, 1, 1, 8)
-    return flash_attention.flash_attention_fwd(q, q, q, None, None, 1.0, True, None, p, torch.tensor(1))
+    return flash_attention.flash_attention_fwd(q, q, q, None, None, 1.0, True, None, p, SEED)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from ops.witness import FLOATS, called, check, perturbing, run
+from ops.witness import DEVICE, FLOATS, called, check, perturbing, run
 
 from fastlora.ops import swiglu
 
@@ -75,7 +75,7 @@ def test_two_runs_are_bit_identical():
         ({"up": torch.ones(4, 65)}, ValueError, r"up has shape \(4, 65\), needs \(4, 64\) to match gate"),
         ({"up": torch.ones(64)}, ValueError, r"up has shape \(64,\), needs \(4, 64\)"),
         ({"up": torch.ones(4, 64).bfloat16()}, TypeError, "up is bfloat16, needs float32 to match gate"),
-        ({"up": torch.ones(4, 64, device="meta")}, ValueError, "up is on meta, needs cpu, the device of gate"),
+        ({"up": torch.ones(4, 64, device="meta")}, ValueError, f"up is on meta, needs {DEVICE}, the device of gate"),
     ],
 )
 def test_errors_name_the_argument(change, error, message):

@@ -11,7 +11,10 @@ from budget import Budget
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora import reference
+from fastlora.kernels._library import INTERPRET
 
+DEVICE = torch.get_default_device()  # conftest's --device
+TRITON = INTERPRET or DEVICE.type == "cuda"  # what runs here: Triton's programs, or csrc and ATen
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Over budget on one draw may be bad luck; over budget on the average of this many is not.
 DRAWS = 16

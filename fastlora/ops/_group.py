@@ -99,8 +99,8 @@ class Group(NamedTuple):
         return [one.shape[1] for one in self.b]
 
     def seeds(self) -> torch.Tensor:
-        """Drawn from torch's CPU generator, so that checkpointing replays the masks; whatever the default device is, which
-        a checkpoint's second forward does not see."""
+        """Drawn from torch's CPU generator, so that checkpointing replays the masks. Whatever the default device is: a
+        checkpoint's second forward does not see it."""
         n = len(self.rates)
         if any(self.rates):
             return torch.randint(2**62, (n,), device="cpu")

@@ -18,6 +18,8 @@ _COLUMNS = {
     "fastlora": ("fastlora",),
     "fastlora, bf16 adapters": ("fastlora-bf16",),
 }
+# What is said of a time that is not quite what its row says.
+_MARKS = {"provisional": "provisional", "given_up": "a tile failed", "unfused": "not all of it fused"}
 _TOP = 10  # kernels of a profile that are listed
 
 
@@ -53,9 +55,7 @@ def _timed(records: list[Record]) -> Iterable[tuple[Key, list[Record]]]:
 def _row(r: Record, peft: float | None) -> tuple[str, ...]:
     ms = r["ms"]
     return (
-        r["title"]
-        + (" (provisional)" if r.get("provisional") else "")
-        + (" (a tile failed)" if "given_up" in r else ""),
+        r["title"] + "".join(f" ({words})" for field, words in _MARKS.items() if r.get(field)),
         f"{ms['median']:,.0f} [{ms['p20']:,.0f}, {ms['p80']:,.0f}]",
         f"{r['tokens_per_s']:,.0f}",
         f"{peft / ms['median']:.2f}×" if peft else "",

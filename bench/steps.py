@@ -22,6 +22,7 @@ from fastlora.kernels import _tiles
 from . import machine, memory, models, prediction, profiling, record
 from .gate import Red
 from .harness import SavedBytes, interleave
+from .providers import environment
 from .record import Record
 from .setting import Batch, Setting, batch, work
 from .step_providers import PROVIDERS, StepProvider
@@ -86,8 +87,8 @@ def measure(
             free_memory(setting.device)
             yield line | refused
             continue
-        if lost := _tiles.given_up():
-            line["given_up"] = lost
+        if "fastlora" in provider.name:
+            line |= _what_ran(trainee)
         yield _rated(line | {"provisional": True}, made, setting, ceilings, floor_ms)
         line |= _beside(trainee, made)
         green[provider.name] = trainee, line
@@ -142,7 +143,7 @@ def _speed_of_what_is_red(
 
 
 def _beside(trainee: Trainee, made: Batch) -> Record:
-    """What a step takes beside time: peak memory, saved bytes; what was planned, and what explain says."""
+    """What a step takes beside time: peak memory and saved bytes, and what was planned."""
     setting, provider = trainee.setting, trainee.provider
     found: Record = {"peak_bytes": None, "saved_bytes": None}
     try:
@@ -155,7 +156,6 @@ def _beside(trainee: Trainee, made: Batch) -> Record:
             found["saved_bytes"] = saved.bytes
             del loss
         found["plan"] = prediction.of_step(setting, provider.name)
-        found["explain"] = _explain(trainee.model) if "fastlora" in provider.name else None
     except Exception as error:  # the times stand without it
         found["why_no_more"] = f"{type(error).__name__}: {str(error).strip()[:200]}"
     return found
@@ -203,12 +203,18 @@ def _floor_thunk(base: nn.Module, setting: Setting) -> Callable[[], None]:
     return run
 
 
-def _explain(model: nn.Module) -> str:
+def _what_ran(trainee: Trainee) -> Record:
+    """What of a patched model is not fastlora's, or not in its own tiles: "unfused" and "given_up", where it is so."""
     import fastlora
 
-    plan = fastlora.explain(model)
-    left = sorted({f"{row.runs}: {row.why}" for row in plan.unfused})
-    return f"{plan.backend} " + (f"Left alone: {'; '.join(left)}" if left else "Everything is fused.")
+    with environment(trainee.provider.environment):
+        plan = fastlora.explain(trainee.model)
+    found: Record = {"explain": plan.backend}
+    if left := sorted({f"{row.runs}: {row.why}" for row in plan.unfused}):
+        found["unfused"] = left
+    if lost := _tiles.given_up():
+        found["given_up"] = lost
+    return found
 
 
 def largest_batch(setting: Setting, provider: StepProvider, base: nn.Module, most: int = 256) -> int:

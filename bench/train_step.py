@@ -112,7 +112,7 @@ def _run(args: argparse.Namespace, sink: record.Sink) -> int:
         beside: dict[str, dict[str, Any]] = {}
         for line in lines:
             ours = line["provider"].startswith("fastlora")
-            red += ours and (line.get("parity") is False or "given_up" in line)
+            red += ours and (line.get("parity") is False or bool({"given_up", "unfused"} & set(line)))
             if not line.get("provisional") and not line.get("why"):
                 name = line["provider"]
                 beside[name] = beside[name] if name in beside else _memory(setting, name, args)

@@ -123,6 +123,7 @@ def test_a_worker_runs_what_it_is_told(tmp_path):
         ([], False), ([{"provider": "peft", "ms": {"median": 1.0}}], False),
         ([{"provider": "fastlora", "parity": None, "why": "no"}], False),
         ([{"provider": "fastlora", "ms": {"median": 1.0}, "given_up": ["lora_gemm"]}], False),
+        ([{"provider": "fastlora", "ms": {"median": 1.0}, "unfused": ["peft Linear: no"]}], False),
         ([{"provider": "fastlora", "ms": {"median": 1.0}}], True),
     ],
 )  # fmt: skip

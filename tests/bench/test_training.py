@@ -145,8 +145,23 @@ def test_the_flop_formula():
 def test_a_tile_that_fails_is_told_with_the_time(monkeypatch):
     """Another tile, or the composition, has served: what was timed is not what is shipped."""
     monkeypatch.setattr(steps._tiles, "given_up", lambda: ["lora_gemm triton 128×128"])
-    lines = list(steps.measure(setting(), ("fastlora",), 0.1, machine.Ceilings(1e9, 1e10)))
+    lines = list(steps.measure(setting(model="mini", layers=1), ("fastlora",), 0.1, machine.Ceilings(1e9, 1e10)))
     assert all(line["given_up"] == ["lora_gemm triton 128×128"] for line in lines) and len(lines) == 2
+    assert not any("unfused" in line for line in lines)
+
+
+def test_what_is_left_alone_is_told_with_the_time(monkeypatch):
+    def another_forward(model):
+        """fastlora on a model one of whose layers runs a forward of its own."""
+        model = BY_NAME["fastlora"].after(model)
+        norm = model.base_model.model.model.layers[1].input_layernorm
+        forward = norm.forward
+        norm.forward = lambda x: forward(x)
+        return model
+
+    monkeypatch.setattr(steps, "PROVIDERS", (BY_NAME["fastlora"]._replace(after=another_forward),))
+    *_, line = steps.measure(setting(model="mini"), ("fastlora",), 0.1, machine.Ceilings(1e9, 1e10))
+    assert line["ms"] and len(line["unfused"]) == 1 and "forward" in line["unfused"][0], line["unfused"]
 
 
 def test_a_profile_that_fails_costs_no_time(monkeypatch):

@@ -36,7 +36,7 @@ _WORKER = [sys.executable, "-m", "bench.worker"]
 class Runner:
     """Runs stages one after the other, or those of a group at once, each in a process group of its own."""
 
-    def __init__(self, results: Path, log: Path) -> None:
+    def __init__(self, results: Path, log: Path, rehearse: bool) -> None:
         self._results, self._log = results, log
         self._environment = os.environ | {
             "PYTHONUNBUFFERED": "1",
@@ -45,6 +45,10 @@ class Runner:
             # What torch.profiler opens stays open: closing and opening it again loses events.
             "TEARDOWN_CUPTI": "0",
         }
+        if rehearse:
+            # Threads of tiny shapes wait for each other, long where the machine is busy; and the code that
+            # torch.compile makes for a CPU is not a GPU's.
+            self._environment |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
         self._spare: subprocess.Popen | None = None
 
     def run(self, group: tuple[Stage, ...], seconds: float, follows: bool) -> list[str]:
@@ -131,17 +135,13 @@ def main(argv: list[str]) -> int:
     if not args.rehearse and machine.default_device() != "cuda":
         print("No GPU is visible to PyTorch. python -m bench measures the CPU; --rehearse tries this script.")
         return 1
-    if args.rehearse:
-        # Threads of tiny shapes wait for each other, long where the machine is busy; and the code that torch.compile
-        # makes for a CPU is not a GPU's.
-        os.environ |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
     start, call = time.monotonic(), "gpu_more" if args.more else "gpu"
     out = Path(os.environ.get("OUT") or record.RESULTS / machine.slug("cpu" if args.rehearse else "cuda"))
     out.mkdir(parents=True, exist_ok=True)
     results, log = out / f"{call}.jsonl", out / f"{call}.log"
     results.write_text("")
     log.write_text("")
-    runner, verdicts = Runner(results, log), []
+    runner, verdicts = Runner(results, log, args.rehearse), []
     groups = stages.of_call(call, results, args.rehearse)
     try:
         for i, group in enumerate(groups):

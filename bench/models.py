@@ -13,7 +13,7 @@ from fastlora.planning.shapes import PROJECTIONS, Shape
 
 FORMULA = "tokens · (4·(layers·projections + V·H) + 3.5·2·T·H·layers)"
 SHAPES = {
-    "tiny": Shape(64, 176, 2, 4, 2, 256),
+    "tiny": Shape(64, 176, 2, 2, 1, 256),
     "mini": Shape(512, 1376, 8, 8, 8),
     "small": Shape(1024, 2752, 8, 16, 16),
     "l7b": Shape(4096, 11008, 1, 32, 32),

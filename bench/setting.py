@@ -110,7 +110,7 @@ def work(made: Batch) -> tuple[int, float]:
         lengths = mask.sum(1)
     elif (positions := made.get("position_ids")) is not None:
         starts = (positions[0] == 0).nonzero().flatten()
-        lengths = torch.cat([starts, starts.new_tensor([positions.shape[1]])]).diff()
+        lengths = nn.functional.pad(starts, (0, 1), value=positions.shape[1]).diff()
     else:
         lengths = torch.tensor(made["input_ids"].shape[1]).expand(made["input_ids"].shape[0])
     total = int(lengths.sum())

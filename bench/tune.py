@@ -6,7 +6,7 @@ our best tile and the library's best way, whichever wins.
 
 from __future__ import annotations
 
-import os
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from fastlora.tuning.aot import SHARED_LIMIT
 
 from . import machine, record
 from .cli import common_options, new_parser, open_sink
+from .providers import environment
 
 HEAD = ("kernel", "M", "N", "K", "R", "Triton ms", "tile", "library ms", "library", "Triton / library")
 
@@ -35,10 +36,15 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     sink = open_sink(args, "tune")
     folder = Path(args.append).parent if args.append else sink.path.parent
-    os.environ["FASTLORA_CACHE_DIR"] = str(folder)
+    with environment({"FASTLORA_CACHE_DIR": str(folder)}):
+        _tune(args, sink, folder)
+    return 0
+
+
+def _tune(args: argparse.Namespace, sink: record.Sink, folder: Path) -> None:
     device = torch.device(args.device)
     arch = _tiles.arch(device)
-    environment = _cache.environment(device, arch)
+    here = _cache.environment(device, arch)
     wanted = _wanted(args, device)
     tiles: dict[Any, Any] = {}
     if device.type == "cuda" and arch in SHARED_LIMIT:
@@ -48,11 +54,11 @@ def main(argv: list[str]) -> int:
         try:
             ((_, entry),) = measure.tune(
                 [call],
-                environment,
+                here,
                 again=True,
                 measure=lambda call: measure.measure(call, args.seconds, tiles.get(call, ())),
             )
-        except (measure.Refused, RuntimeError) as error:  # no candidate is right, none fits, or none can be captured
+        except (measure.Refused, torch.OutOfMemoryError) as error:  # no candidate is right, or the operands do not fit
             sink.write(
                 _of(call) | {"provider": "", "why": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
             )
@@ -62,13 +68,12 @@ def main(argv: list[str]) -> int:
         for line in _records(call, entry):
             sink.write(line)
         # Whole after every call: this may be stopped at any time.
-        (folder / "tuning.md").write_text(f"{environment}\n\n{record.table(HEAD, list(rows.table(done)))}\n")
-        lines = map(rows.source, rows.of_environment(environment, _cache.entries(environment)))
+        (folder / "tuning.md").write_text(f"{here}\n\n{record.table(HEAD, list(rows.table(done)))}\n")
+        lines = map(rows.source, rows.of_environment(here, _cache.entries(here)))
         (folder / "rows.txt").write_text("\n".join(lines) + "\n")
-    return 0
 
 
-def _wanted(args: Any, device: torch.device) -> list[_tiles.Call]:
+def _wanted(args: argparse.Namespace, device: torch.device) -> list[_tiles.Call]:
     if args.quick:
         return _step(calls.Model(64, 176, 2, 1), 32, 8, args.dtype[0], device)
     return list(

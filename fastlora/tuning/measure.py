@@ -66,8 +66,10 @@ def measure(call: Call, seconds: float = 0.5, tiles: Iterable[Tile] = ()) -> dic
             with _tiles.forced(call.kernel, *candidate):
                 check(op(*_copied(few)), truth, probe)
             run()
-            thunks[candidate] = run
-        except (Refused, _tiles.LaunchFailed) as error:
+            thunks[candidate] = _captured(run) if call.device.type == "cuda" else run
+        except torch.OutOfMemoryError:
+            raise
+        except (Refused, RuntimeError) as error:  # wrong, or it does not compile, launch, or let itself be captured
             refused[str(candidate)] = str(error).splitlines()[0][:200]
     if not thunks:
         raise Refused(f"{call.kernel}: no candidate is right on this GPU: {refused}")
@@ -131,13 +133,12 @@ def _copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def in_turns(thunks: dict[Any, Thunk], seconds: float, device: torch.device) -> dict[Any, float]:
-    """Median milliseconds of each, in an order that changes every round, after the L2 was overwritten: of CUDA graphs
-    between events; on a CPU, to rehearse, of the wall clock."""
+    """Median milliseconds of each, in an order that changes every round, after the L2 was overwritten: between CUDA
+    events; on a CPU, to rehearse, of the wall clock."""
     gpu = device.type == "cuda"
-    replays = {name: _captured(run) if gpu else run for name, run in thunks.items()}
     flush = torch.empty(_FLUSH_BYTES if gpu else 1, dtype=torch.uint8, device=device)
     one_round = _round_on_gpu if gpu else _round_on_cpu
-    order = list(replays)
+    order = list(thunks)
     shuffle = random.Random(0).shuffle
     times: dict[Any, list[float]] = {name: [] for name in order}
     start = time.monotonic()
@@ -145,7 +146,7 @@ def in_turns(thunks: dict[Any, Thunk], seconds: float, device: torch.device) -> 
         if i >= 5 and time.monotonic() - start > seconds:
             break
         shuffle(order)
-        for name, ms in one_round(replays, order, flush).items():
+        for name, ms in one_round(thunks, order, flush).items():
             times[name].append(ms)
     return {name: statistics.median(every) for name, every in times.items()}
 

@@ -1,6 +1,7 @@
 """The two calls on a GPU: what a stage loses, and what it cannot."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -34,7 +35,9 @@ def run(monkeypatch, tmp_path):
         results = out / "gpu.jsonl"
         monkeypatch.setattr(stages, "of_call", lambda call, path, rehearse: [made(results) for made in found])
         monkeypatch.setenv("OUT", str(out))
+        before = dict(os.environ)
         status = bench.main(["gpu", "--rehearse"])
+        assert dict(os.environ) == before  # what it sets is for its stages: TORCHDYNAMO_DISABLE would stay for good
         return status, record.load(results)[1], (out / "gpu.log").read_text()
 
     return run
@@ -103,7 +106,7 @@ def test_both_calls_fit_their_limits(tmp_path, rehearse):
 
 
 def test_a_worker_runs_what_it_is_told(tmp_path):
-    runner = gpu.Runner(tmp_path / "results.jsonl", tmp_path / "log")
+    runner = gpu.Runner(tmp_path / "results.jsonl", tmp_path / "log", rehearse=True)
     stage = Stage("help", 60, ("compare", "--help"), {"COLUMNS": "80"})
     try:
         assert runner.run((stage,), 60, follows=True)[0].startswith("help: done")

@@ -5,7 +5,7 @@ import torch
 
 from bench import launches, layer, models
 from bench.harness import SavedBytes
-from bench.saved_bytes import _Through
+from bench.layer import Through
 from fastlora.modules.memory import Memory
 from fastlora.planning import activations, roofline
 from fastlora.planning.activations import POLICIES, Adapters
@@ -36,7 +36,7 @@ def counted(provider, shape, rank, policy=None, dropout=0.0, tokens=1024):
         for module in one.module.modules():
             if dropout and hasattr(module, "lora_dropout"):
                 module.lora_dropout["default"] = torch.nn.Dropout(dropout)
-        with layer.traced(_Through(), lambda *args, **kwargs: None), SavedBytes(one.weights()) as saved:
+        with layer.traced(Through(), lambda *args, **kwargs: None), SavedBytes(one.weights()) as saved:
             y = one.forward()
         kept.append(saved.bytes)
         del y

@@ -62,6 +62,22 @@ def test_a_wrong_result_is_refused(monkeypatch):
             monkeypatch.setitem(calls.KERNELS, call.kernel, kernel)
 
 
+def test_a_candidate_that_cannot_run_leaves_the_others(monkeypatch):
+    """As one that a CUDA graph cannot hold."""
+    call = next(call for call in _calls() if call.kernel == "lora_gemm_t")
+    kernel = calls.KERNELS["lora_gemm_t"]
+
+    def run(*arguments):
+        if _tiles._forced["lora_gemm_t"][0] == "addmm":
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        return torch.ops.fastlora.lora_gemm_t(*arguments)
+
+    monkeypatch.setitem(calls.KERNELS, "lora_gemm_t", kernel._replace(op=run))
+    entry = measure.measure(call, seconds=0)
+    assert entry["refused"] == {"addmm": "operation not permitted when stream is capturing"}
+    assert entry["method"] == "triton" and "addmm" not in entry["all"]
+
+
 def test_nan_is_refused():
     call = Call("lora_reduce", torch.bfloat16, CPU, 64, 64, 0, 8, 1)
     truth = [torch.ones(8, dtype=torch.float64)]

@@ -139,8 +139,10 @@ def main(argv: list[str]) -> int:
     out = Path(os.environ.get("OUT") or record.RESULTS / machine.slug("cpu" if args.rehearse else "cuda"))
     out.mkdir(parents=True, exist_ok=True)
     results, log = out / f"{call}.jsonl", out / f"{call}.log"
-    results.write_text("")
-    log.write_text("")
+    for file in (results, log):
+        if file.exists():  # of an earlier call, which the report leaves out
+            os.replace(file, f"{file}.before")
+        file.touch()
     runner, verdicts = Runner(results, log, args.rehearse), []
     groups = stages.of_call(call, results, args.rehearse)
     try:

@@ -47,7 +47,8 @@ def measure(
 
     Args:
         names: the providers, in the order in which they are listed in step_providers.py.
-        seconds: timing of each setting: of the turns, all providers together; a quarter as much again alone.
+        seconds: timing of each setting: of the turns, all providers together; a quarter as much again alone, and on a
+            GPU a second of each at least.
         rounds: turns of each provider at least.
         profile: put one step of each under torch.profiler.
     """
@@ -67,7 +68,7 @@ def measure(
             continue
         refused: Record | None = None
         trainee = None
-        alone = seconds / 4 / len(names)
+        alone = max(seconds / 4 / len(names), _ENERGY_SECONDS if setting.device == "cuda" else 0.0)
         try:
             trainee = Trainee(provider, gate.base, judged)
             line |= {"gate": gate.check(trainee), "parity": True}

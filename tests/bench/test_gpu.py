@@ -82,6 +82,15 @@ def test_a_hang_loses_only_what_was_not_yet_written(run, capsys):
         Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
+def test_an_earlier_call_is_kept(run):
+    late = lambda results: (Stage("left", 60, (), why="there is none here"),)  # noqa: E731
+    run(late)
+    _, records, _ = run(late)
+    assert len(records) == 1
+    kept = Path(os.environ["OUT"], "gpu.jsonl.before").read_text()
+    assert kept.count("left out") == 1 and Path(os.environ["OUT"], "gpu.log.before").exists()
+
+
 def test_when_the_time_is_up_the_rest_is_left(run, monkeypatch):
     monkeypatch.setitem(stages.LIMITS, "gpu", 9.0)
     status, records, _ = run(lambda results: (Stage("late", 60, step(results, "peft")),))

@@ -6,7 +6,7 @@ RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # A process per core; the tests of a file stay together, and share what it prepares.
 PYTEST := -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-cpu test-triton test-aten test-compat test-asan check bench gpu gpu-more clean
+.PHONY: demo test test-cpu test-triton test-aten test-emulated test-compat test-asan check bench gpu gpu-more clean
 
 $(VENV)/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,12 @@ test-triton: $(VENV)/ready
 # the ATen compositions that serve where csrc is not built
 test-aten: $(VENV)/ready
 	$(RUN) FASTLORA_CSRC=0 $(BIN)/python $(PYTEST) --dist worksteal tests/ops
+
+# the host code of the CUDA path on an emulated GPU, the Triton programs through Triton's interpreter
+test-emulated: $(VENV)/ready
+	$(RUN) TRITON_INTERPRET=1 PYTHONPATH=tests $(BIN)/python $(PYTEST) --dist worksteal -p cuda_emulator --device cuda tests/ops \
+		--ignore tests/ops/test_compile.py --ignore tests/ops/test_bf16_interpreter.py \
+		-k 'not opcheck and not test_leading_dimensions and not never_asks_the_host'
 
 # the patching tests on the oldest transformers we support
 $(VENV)-compat/ready: pyproject.toml setup.py constraints.txt

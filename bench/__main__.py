@@ -13,7 +13,7 @@
     python -m bench parity                a patched model against float64, dtype by dtype, and its greedy tokens
     python -m bench gpu                   what one GPU must answer, in seven minutes; gpu --more: in five more
 
-Every command but the last three has --help of its own.
+Every command has --help of its own.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ def of_step(setting: Setting, provider: str) -> Record | None:
     )  # fmt: skip
     found: Record = {"peak_bytes": round(need.peak(shape.layers, 0, 0))}
     if fused:  # without logits, what the layers keep is as good as all
-        found["saved_bytes"] = round(tokens * shape.layers * sum(saved(shape, adapters).values()))
+        kept = saved(shape, adapters, itemsize=setting.dtype.itemsize)
+        found["saved_bytes"] = round(tokens * shape.layers * sum(kept.values()))
     if setting.device != "cuda" or setting.dtype.itemsize != 2:
         return found
     try:

@@ -8,6 +8,7 @@ profiles replace what stands there between <!-- profile:begin --> and <!-- profi
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -79,7 +80,7 @@ def _full(one: Measured) -> str:
 
 def _short(one: Measured, beside: Path) -> str:
     folder = os.path.relpath(one.folder, beside)
-    whole = f"Every setting, with p20 and p80, memory, floors and energy: [{folder}/report.md]({folder}/report.md)."
+    whole = f"Every setting, with p20 and p80, memory, floors and energy: [report.md]({folder}/report.md)."
     return _join(
         [
             machine_text(one.machines),
@@ -132,7 +133,7 @@ def machine_text(machines: list[Record]) -> str:
     for text, same in seen.items():
         commits = ", ".join(dict.fromkeys(m["commit"] for m in same))
         texts.append(f"{text} Measured at {commits} on {', '.join(dict.fromkeys(m['time'][:10] for m in same))}.")
-    return "\n\n".join(texts)
+    return "\n\n".join(textwrap.fill(text, 118, break_on_hyphens=False) for text in texts)
 
 
 def figures(records: list[Record]) -> str:

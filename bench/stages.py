@@ -40,14 +40,12 @@ class _Calls:
     def step(
         self, seconds: float, providers: str, *options: str, tokens: str = "1x4096", layers: int = 0
     ) -> tuple[str, ...]:
-        """Training steps of 7B; of a tiny model, as many settings of it, to rehearse."""
+        """Training steps of 7B, of all its layers unless told; of a tiny model, to rehearse."""
+        command = ("train_step", *self.into, "--memory", "off", "--providers", providers, *options)
         if self.rehearse:
-            tokens = ",".join(["2x32", "1x40", "3x24"][: 1 + tokens.count(",")])
-        sizes = ("--model", "tiny" if self.rehearse else "7b", "--tokens", tokens)
-        if layers or self.rehearse:
-            sizes += ("--layers", "2" if self.rehearse else str(layers))
-        time = ("--seconds", "0.2" if self.rehearse else f"{seconds:g}", "--memory", "off")
-        return ("train_step", *self.into, *sizes, *time, "--providers", providers, *options)
+            return *command, "--model", "tiny", "--tokens", "2x32", "--seconds", "0.2"
+        few = ("--layers", str(layers)) if layers else ()
+        return *command, "--model", "7b", "--tokens", tokens, "--seconds", f"{seconds:g}", *few
 
     def ops(self, seconds: float, ops: str, providers: str = "") -> tuple[str, ...]:
         """Single operators; every provider of them, to rehearse."""

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -53,22 +52,21 @@ def step(results, *providers):
 def test_a_hang_loses_only_what_was_not_yet_written(run, capsys):
     def hanging(results):
         command = (sys.executable, "-c", _HANGS, *step(results, "peft", "fastlora"))
-        return (Stage("hangs", 25, command, shell=True),)
+        return (Stage("hangs", 40, command, shell=True),)
 
-    start = time.monotonic()
     status, records, log = run(
-        lambda results: (Stage("absent", 20, ("train_step", "--no-such-option")),),
+        lambda results: (Stage("absent", 120, ("train_step", "--no-such-option")),),
         hanging,
         lambda results: (
-            Stage("works", 60, step(results, "peft-bf16"), {"FASTLORA_GEMM": "addmm"}),
-            Stage("beside it", 60, ("compare", "--help")),
+            Stage("works", 120, step(results, "peft-bf16"), {"FASTLORA_GEMM": "addmm"}),
+            Stage("beside it", 120, ("compare", "--help")),
             Stage("left", 60, (), why="there is none here"),
         ),
     )
-    assert status == 1 and time.monotonic() - start < 90
+    assert status == 1
     verdicts = {r["op"]: r["verdict"] for r in records if r["bench"] == "stage"}
     assert verdicts == {
-        "absent": "exit status 2", "hangs": "stopped after its 25 s", "works": "done", "beside it": "done",
+        "absent": "exit status 2", "hangs": "stopped after its 40 s", "works": "done", "beside it": "done",
         "left": "left out: there is none here",
     }  # fmt: skip
     steps = [(r["provider"], bool(r.get("provisional"))) for r in records if r["bench"] == "train_step"]

@@ -1,6 +1,7 @@
 """What is compiled ahead is what a launch asks for."""
 
 import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -57,6 +58,14 @@ def test_every_kernel_of_a_layer_is_recorded(provider):
     # On sm_90 the row of the base product is a library's, unless told.
     assert ("_lora_gemm_kernel" in names) == (provider == "fastlora-triton")
     assert {"_lora_project_kernel", "_swiglu_bwd_reduce_kernel", "_lora_reduce_kernel"} <= names
+
+
+def test_a_process_that_dies_leaves_its_kernels_to_their_launch(monkeypatch, capsys):
+    monkeypatch.setattr(precompile, "_build_launcher", lambda compiled: os._exit(1))
+    with _tiles.assumed_arch(80):
+        found = precompile.of_ops(cases("swiglu", "cpu", BF16, quick=True), BF16)
+        assert precompile.compile_all(found) == 0
+    assert "not compiled ahead: A process in the process pool was terminated" in capsys.readouterr().out
 
 
 def test_what_does_not_compile_is_said_and_left_to_its_launch(capsys):

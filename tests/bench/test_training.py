@@ -96,11 +96,12 @@ def test_a_profiled_step_says_where_its_time_goes():
     assert line["profile"]["busy_ms"] >= line["profile"]["host_ms"] > 0
 
 
-def test_the_plan_foretells_what_a_layer_keeps_for_backward():
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_the_plan_foretells_what_a_layer_keeps_for_backward(dtype):
     """To the byte: the difference of two numbers of layers, which leaves out head and loss."""
     kept = {}
     for layers in (2, 3):
-        s = setting(model="mini", layers=layers, sequence=64)
+        s = setting(dtype, model="mini", layers=layers, sequence=64)
         trainee = training.Trainee(BY_NAME["fastlora"], models.base_model(s.shape, s.dtype, s.device), s)
         line = steps._beside(trainee, batch(s))
         kept[layers] = line["saved_bytes"], line["plan"]["saved_bytes"]

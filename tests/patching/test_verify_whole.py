@@ -10,9 +10,11 @@ from transformers import GenerationConfig
 from transformers.models.llama import modeling_llama as hf
 
 import fastlora
+from fastlora.budget import Figures
 from fastlora.modules import llama as fast
+from fastlora.modules._fused import Fused
 from fastlora.patching import verifying, whole
-from fastlora.patching.verification import AGAIN, CACHED, TRAINING, UNCACHED, UNFUSED, WHOLE
+from fastlora.patching.verification import AGAIN, CACHED, TRAINING, UNCACHED, UNFUSED, WHOLE, Check, Verification
 from patching import faults
 from patching.tiny import batch, llama, lora, step
 
@@ -129,6 +131,39 @@ def test_calls_that_a_compiler_does_not_count_are_no_finding():
     assert found.fused == () and "a compiler traces some" in found.notes()
 
 
+def test_nothing_is_kept_for_a_backward_that_does_not_come(monkeypatch):
+    forward, losses = fast.LlamaForCausalLM.forward, []
+
+    def watched(self, *args, **kwargs):
+        outputs = forward(self, *args, **kwargs)
+        losses.append(outputs.loss)
+        return outputs
+
+    watched.__signature__ = forward.__signature__
+    monkeypatch.setattr(fast.LlamaForCausalLM, "forward", watched)
+    fastlora.verify(lora(llama()), batch())
+    losses = [loss for loss in losses if loss is not None and loss.requires_grad]
+    assert len(losses) >= 3, "the batch, and the sample for either reading"
+    for loss in losses:
+        with pytest.raises((RuntimeError, TypeError)):
+            loss.backward()
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_over_16_bit_weights_fp32_adapters_are_held_against_autocast(autocast):
+    """docs/numerics.md. What training runs, fused and not, runs as it is."""
+    model, seen = lora(llama(dtype=torch.bfloat16), autocast=autocast), set()
+
+    def note(module, args, kwargs):
+        if kwargs.get("labels") is not None:
+            in_sample = kwargs["input_ids"].shape != batch()["input_ids"].shape
+            seen.add((isinstance(module, Fused), in_sample, torch.is_autocast_enabled("cpu")))
+
+    model.base_model.model.register_forward_pre_hook(note, with_kwargs=True)
+    assert fastlora.verify(model, batch()).within
+    assert seen == {(True, False, False), (True, True, False), (False, False, False), (False, True, autocast)}
+
+
 @pytest.mark.parametrize("memory", ["fast", "lean"])
 def test_the_losses_are_the_whole_model_s(memory):
     """Bit for bit those of a training step."""
@@ -212,6 +247,16 @@ def test_a_batch_of_padding_alone():
     inputs = batch()
     with pytest.raises(ValueError, match="attention_mask of zeros alone"):
         fastlora.verify(llama(), {**inputs, "attention_mask": torch.zeros_like(inputs["input_ids"])})
+
+
+def test_a_module_is_named_before_the_whole_that_has_its_error():
+    over = [
+        Check(name, "output", (Figures("rms", error, 1.0, 0.0),))
+        for name, error in ((WHOLE, 9.0), ("a", 2.0), ("b", 3.0))
+    ]
+    found = Verification(tuple(over), (), torch.zeros(()), torch.zeros(()))
+    assert [check.module for check in found.exceeded] == ["b", "a", WHOLE]
+    assert "worst the output of b." in found.verdict()
 
 
 def test_a_token_is_judged_up_to_the_first_that_differs():

@@ -28,12 +28,14 @@ class Part(NamedTuple):
 class State:
     """What patch() leaves on a module: the chosen ops, and how often each part was fused or passed through.
 
-    The memory policy is one object for all modules of a model.
+    The memory policy is one object for all modules of a model. place: the index of a layer among its neighbors, and
+    how many they are.
     """
 
     def __init__(self, ops: frozenset[str], memory: Memory) -> None:
         self.ops = ops
         self.memory = memory
+        self.place = 0, 1
         self.calls: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
 
@@ -148,6 +150,15 @@ def instance_forward(module: nn.Module) -> Any:
     """A forward on the instance that is not the class's own; transformers 4 leaves the latter after output capture."""
     forward = module.__dict__.get("forward")
     return None if getattr(forward, "__func__", None) is type(module).forward else forward
+
+
+def changes_arguments(module: nn.Module) -> str | None:
+    """The owner of a hook that may change the keyword arguments of a module's forward; None where there is none."""
+    for key in module._forward_pre_hooks_with_kwargs:
+        owner = getattr(module._forward_pre_hooks[key], "__module__", None) or "an unknown module"
+        if not owner.startswith(("torch.distributed.fsdp.", "torch.distributed._composable.")):
+            return owner
+    return None
 
 
 def why_not_called(module: Any) -> str | None:

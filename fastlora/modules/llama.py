@@ -217,13 +217,16 @@ class LlamaDecoderLayer(Fused, hf.LlamaDecoderLayer):
     def _layer(self, why: str | None, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if why:
             return super().forward(hidden_states, *args, **kwargs)
+        # With the defaults of transformers' layer, which it passes on.
+        kwargs = {"position_ids": None, "use_cache": False, **kwargs}
         x = self.self_attn.normed(hidden_states, self.input_layernorm, **kwargs)
         return self.mlp.normed(x, self.post_attention_layernorm)
 
 
 class LlamaModel(Fused, hf.LlamaModel):
     def parts(self) -> list[Part]:
-        return []
+        why = trust.why_not("model")
+        return [Part("", "transformers LlamaModel", why)] if why else []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if trust.why_not("model"):

@@ -51,7 +51,9 @@ class Bypassed(NamedTuple):
         """The function that is there now; None if nothing is."""
         if isinstance(self.owner, Mapping):
             return self.owner.get(self.name)
-        return getattr(self.owner, self.name, None)
+        function = getattr(self.owner, self.name, None)
+        # The package kernels makes modules of functions; a kernel from the Hub becomes their forward.
+        return function.forward if isinstance(function, torch.nn.Module) else function
 
     def __str__(self) -> str:
         if isinstance(self.owner, Mapping):
@@ -146,6 +148,8 @@ def why_unknown(role: str, function: Callable[..., Any]) -> str | None:
 def _layers(function: Any) -> Iterator[Any]:
     """A function and all that it wraps."""
     while function is not None:
+        if isinstance(getattr(function, "__self__", None), torch.nn.Module):  # of the package kernels: see `read`
+            function = inspect.getclosurevars(function).nonlocals.get("func", function)
         yield getattr(function, "__func__", function)
         function = getattr(function, "__wrapped__", None)
 
@@ -190,7 +194,8 @@ def _getter() -> Callable[[Any], tuple[Any, ...]]:
     for i, entry in enumerate(BYPASSED):
         if not isinstance(entry.owner, Mapping):
             setattr(_Root, f"owner{i}", entry.owner)
-            paths.append(f"owner{i}.{entry.name}")
+            module = isinstance(getattr(entry.owner, entry.name), torch.nn.Module)
+            paths.append(f"owner{i}.{entry.name}" + (".forward" if module else ""))
     return attrgetter(*paths)
 
 
@@ -220,7 +225,7 @@ def _answer() -> dict[str, str]:
     reasons: dict[str, str] = {}
     for entry, known in zip(BYPASSED, _known, strict=True):
         function = entry.read()
-        if function is known:
+        if function is known or (inspect.ismethod(function) and function == known):
             continue
         unknown = None
         if entry.name == "forward" and entry.role in KNOWN and comes_from(function, entry.library):

@@ -53,6 +53,7 @@ class LlamaMLP(Fused, hf.LlamaMLP):
         activation = "transformers act_fn(gate) · up" if why else "fastlora swiglu"
         return [Part("", activation, why), *(lora.part(self, name, whole) for name in _OF_MLP)]
 
+    @trust.once
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if why := trust.why_not("mlp"):
             for part in ("", *_OF_MLP):
@@ -95,6 +96,7 @@ class LlamaAttention(Fused, hf.LlamaAttention):
         projections = (lora.part(self, name, whole) for name in _OF_ATTENTION)
         return [Part("", rotation, why_not_rope), Part("attention", kernel, why), *projections]
 
+    @trust.once
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         if why := trust.why_not("attention"):
             for part in ("", "attention", *_OF_ATTENTION):
@@ -191,6 +193,7 @@ class LlamaDecoderLayer(Fused, hf.LlamaDecoderLayer):
             parts.append(Part("memory", memory.WORDS[policy], None))
         return parts
 
+    @trust.once
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         why = "arguments by position" if args else self._why_not() or why_not_plain(hidden_states)
         norms = (self.input_layernorm, self.post_attention_layernorm)
@@ -228,6 +231,7 @@ class LlamaModel(Fused, hf.LlamaModel):
         why = trust.why_not("model")
         return [Part("", "transformers LlamaModel", why)] if why else []
 
+    @trust.once
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if trust.why_not("model"):
             return super().forward(*args, **kwargs)
@@ -262,6 +266,7 @@ class LlamaForCausalLM(Fused, hf.LlamaForCausalLM):
         why = self._why_not_head()
         return [Part("", "transformers loss" if why else "fastlora linear_cross_entropy (training, with labels)", why)]
 
+    @trust.once
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, Fused):  # accelerate may keep this forward, wrapped, on the instance after unpatch
             return hf.LlamaForCausalLM.forward(self, *args, **kwargs)

@@ -8,13 +8,15 @@ imported, or if that one did not come from the library's own files.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import peft
 import torch
@@ -29,6 +31,8 @@ from transformers.loss import loss_utils
 from transformers.models.llama import modeling_llama as hf
 
 from ..ops._transforms import transform
+
+Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 SILU = type(ACT2FN["silu"])
 
@@ -241,22 +245,48 @@ def _answer() -> dict[str, str]:
 _seen: tuple[tuple[Any, ...], dict[str, str]] = (), {}
 
 
+class _Held(threading.local):
+    """The answer of the forward that runs now in this thread; None between forwards."""
+
+    reasons: dict[str, str] | None = None
+
+
+_held = _Held()
+
+
 def _reasons() -> dict[str, str]:
     global _seen
+    if _held.reasons is not None:
+        return _held.reasons
     now = token()
     if now != _seen[0]:
         _seen = now, _answer()
     return _seen[1]
 
 
+def once(forward: Forward) -> Forward:
+    """A forward in which the token is compared once, for all modules inside."""
+
+    @functools.wraps(forward)
+    def asked_once(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or _held.reasons is not None:
+            return forward(*args, **kwargs)
+        _held.reasons = _reasons()
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            _held.reasons = None
+
+    return asked_once  # type: ignore[return-value]
+
+
 def why_not(*roles: str) -> str | None:
     """Why what these roles stand for must not be bypassed now; None where it may be. See `BYPASSED`."""
     if torch.compiler.is_compiling():
         return _traced(roles)
-    reasons = _reasons()
-    if not reasons:
-        return None
-    return next((reasons[role] for role in roles if role in reasons), None)
+    if reasons := _reasons():
+        return next((reasons[role] for role in roles if role in reasons), None)
+    return None
 
 
 @torch.compiler.assume_constant_result

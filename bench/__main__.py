@@ -74,16 +74,7 @@ def _load(module: str):
 
 
 _MODULES = (
-    "train_step",
-    "saved_bytes",
-    "launches",
-    "tune",
-    "report",
-    "compare",
-    "rows",
-    "precompile",
-    "parity",
-    "trust",
+    *("train_step", "saved_bytes", "launches", "tune", "report", "compare", "rows", "precompile", "parity", "trust"),
     "gpu",
 )
 _COMMANDS = {"ops": _ops} | {name: _load(name) for name in _MODULES}

@@ -130,6 +130,20 @@ def test_unknown_arguments_are_not_guessed(role, monkeypatch):
     judge(lambda seed: lora(llama(seed)), seeds=1)
 
 
+def test_it_is_asked_once_per_forward(monkeypatch):
+    """And anew in the next one, also after one that failed."""
+    asked = []
+    token = trust.token
+    monkeypatch.setattr(trust, "token", lambda: asked.append(1) or token())
+    model = fastlora.patch(lora(llama()))
+    with pytest.raises(TypeError):
+        model(input_ids="none")
+    asked.clear()
+    for _ in range(2):
+        model(**batch())
+    assert len(asked) == 2
+
+
 def registered(monkeypatch, function) -> None:
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", function)
 

@@ -136,8 +136,8 @@ def test_it_is_asked_once_per_forward(monkeypatch):
     token = trust.token
     monkeypatch.setattr(trust, "token", lambda: asked.append(1) or token())
     model = fastlora.patch(lora(llama()))
-    with pytest.raises(TypeError):
-        model(input_ids="none")
+    with pytest.raises(ValueError):
+        model(input_ids=None)
     asked.clear()
     for _ in range(2):
         model(**batch())

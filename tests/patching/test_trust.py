@@ -3,6 +3,8 @@
 import functools
 import inspect
 import re
+import subprocess
+import sys
 import types
 from collections.abc import Mapping
 
@@ -96,7 +98,7 @@ def test_the_table_is_that_of_this_machine(entry):
         assert not trust.comes_from(functools.wraps(function)(lambda *args: None), entry.library)
 
 
-def test_what_was_replaced_before_the_import_is_noticed(tmp_path):
+def test_what_was_replaced_before_the_import_is_noticed():
     """The identities are taken at import, but only of functions that come from their library."""
     script = """
 import functools
@@ -106,11 +108,19 @@ hf.LlamaMLP.forward = functools.wraps(original)(lambda self, x: 0 * original(sel
 from fastlora.modules import trust
 print(trust.why_not("mlp"))
 """
-    import subprocess
-    import sys
-
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300)
     assert done.stdout == "LlamaMLP.forward was replaced by __main__.<lambda> (<string>:5), which runs instead\n"
+
+
+def test_the_linear_of_zero_3_is_torchs(monkeypatch):
+    """DeepSpeed leaves it in torch.nn.functional for good; under any other name it would count as replaced."""
+    zero = types.ModuleType("deepspeed.runtime.zero.linear")
+    zero.zero3_linear_wrap = lambda x, weight, bias=None: x @ weight.t()
+    monkeypatch.setattr(torch.nn.functional, "linear", zero.zero3_linear_wrap)
+    assert "torch.nn.functional.linear was replaced by" in trust.why_not("projection")
+    monkeypatch.setitem(sys.modules, zero.__name__, zero)
+    monkeypatch.setattr(trust, "_seen", ((), {}))
+    assert trust.why_not("projection") is None
 
 
 @pytest.mark.parametrize("role", trust.KNOWN)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
+from .._versions import warn_if_newer
 from ..kernels import _library
 from ..modules import trust
 from ..modules._fused import (
@@ -136,6 +137,7 @@ def patch(model: Model, ops: Iterable[str] | None = None, strict: bool = False, 
     """
     _check_model(model)
     chosen, policy = parse_ops(ops), Memory(parse(memory))
+    warn_if_newer()
     before = _states(model)
     for _, module, swap in _candidates(model):
         mine = chosen & swap.ops

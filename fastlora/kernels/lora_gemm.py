@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
+from . import _flops
 from . import rope as _rope  # noqa: F401  registers the operator
 from ._library import register
 from ._tiles import choose
@@ -296,10 +297,12 @@ register(
     triton=lora_gemm,
     aten=_gemm_aten,
     fake=_gemm_fake,
+    flops=_flops.lora_gemm,
 )
 register(
     "lora_gemm_t(Tensor[] dy, Tensor[] w, Tensor ds, Tensor[] a, Tensor?[] masks) -> Tensor",
     triton=lora_gemm_t,
     aten=_gemm_t_aten,
     fake=lambda dy, w, ds, a, masks: dy[0].new_empty(dy[0].shape[0], w[0].shape[1]),
+    flops=_flops.lora_gemm_t,
 )

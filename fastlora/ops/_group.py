@@ -92,6 +92,11 @@ class Group(NamedTuple):
         w, bias, b, a = tensors[:P], tensors[P : 2 * P], tensors[2 * P : 3 * P], tensors[3 * P :]
         return self._replace(w=list(w), bias=list(bias), b=list(b), a=list(a))
 
+    def hides(self, x: torch.Tensor) -> bool:
+        """Whether gradients may depend on x, which trains, without x being saved as it is: see `once`."""
+        read = any(one.requires_grad for one in (*self.w, *self.a))
+        return x.requires_grad and not (read and x.dtype == self.dtype)
+
     def ranks(self) -> list[int]:
         return [one.shape[0] for one in self.a]
 

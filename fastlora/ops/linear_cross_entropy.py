@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..kernels import linear_cross_entropy as _kernels  # noqa: F401  registers the operators
 from . import _check
+from ._once import link, once
+from ._transforms import refuse
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -15,25 +16,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, divisor, ignore_index, summed, grad):
+    def forward(ctx, hidden, weight, hidden_link, weight_link, labels, divisor, ignore_index, summed, grad):
         mantissa, exponent = torch.frexp(1 / divisor)
         need_dh, need_dw = (grad and needed for needed in ctx.needs_input_grad[:2])
         loss, dh, dw = torch.ops.fastlora.linear_cross_entropy_fwd(
             hidden, weight, labels, mantissa, ignore_index, need_dh, need_dw
         )
-        ctx.save_for_backward(dh, dw, exponent)
+        ctx.op = "linear_cross_entropy"
+        ctx.save_for_backward(dh, dw, exponent, hidden_link, weight_link)
         ctx.weight_dtype = weight.dtype
         return (loss.sum() if summed else loss) / divisor
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss):
-        dh, dw, exponent = ctx.saved_tensors
+    @once
+    def backward(ctx, saved, dloss):
+        dh, dw, exponent, *_ = saved
         need_dh, need_dw = ctx.needs_input_grad[:2]
         scale = torch.ldexp(dloss, exponent)
         dhidden = (dh * (scale[:, None] if scale.dim() else scale)).to(dh.dtype) if need_dh else None
         dweight = (dw * scale).to(ctx.weight_dtype) if need_dw else None
-        return dhidden, dweight, None, None, None, None, None
+        return dhidden, dweight, *(None,) * 7
 
 
 def linear_cross_entropy(
@@ -71,6 +73,7 @@ def linear_cross_entropy(
     the gradient in the forward is exact here, with no filtering.
     """
     op = "linear_cross_entropy"
+    refuse(op)
     hidden, weight = _check.autocast(hidden.device, hidden, weight)
     _check.dtype(op, "hidden", hidden, _check.FLOATS)
     _check.shape(op, "weight", weight, (None, hidden.shape[-1]), "as (V, H) with H the last dimension of hidden")
@@ -95,7 +98,8 @@ def linear_cross_entropy(
     rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     flat = labels.reshape(-1).contiguous()
     grad = torch.is_grad_enabled()  # autograd asks for gradients under no_grad too
-    loss = _LinearCrossEntropy.apply(rows, weight, flat, divisor, ignore_index, reduction != "none", grad)
+    links = [link(t) if t.requires_grad else None for t in (rows, weight)]
+    loss = _LinearCrossEntropy.apply(rows, weight, *links, flat, divisor, ignore_index, reduction != "none", grad)
     if reduction == "none":
         return loss.view(labels.shape)
     if reduction == "mean" and num_items is None:

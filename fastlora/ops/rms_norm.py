@@ -1,23 +1,25 @@
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..kernels import rms_norm as _kernels  # noqa: F401  registers the operators
 from . import _check
+from ._once import once
+from ._transforms import refuse
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         y, rstd = torch.ops.fastlora.rms_norm_fwd(x, weight, eps)
+        ctx.op = "rms_norm"
         ctx.save_for_backward(x, weight, rstd)
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, weight, rstd = ctx.saved_tensors
+    @once
+    def backward(ctx, saved, dy):
+        x, weight, rstd = saved
         dx, dw, _ = torch.ops.fastlora.rms_norm_bwd(
             dy.contiguous(), x, weight, rstd, None, ctx.needs_input_grad[1], False
         )
@@ -43,6 +45,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
     """
+    refuse("rms_norm")
     _check.dtype("rms_norm", "x", x, _check.FLOATS)
     _check.shape("rms_norm", "weight", weight, (x.shape[-1],), "to match the last dimension of x")
     _check.dtype("rms_norm", "weight", weight, (x.dtype, torch.float32), "to go with x")

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..kernels import rope as _kernels  # noqa: F401  registers the operators
 from . import _check
+from ._once import once
+from ._transforms import refuse
 
 
 def _unit_stride(x):
@@ -14,13 +15,14 @@ def _unit_stride(x):
 class _RoPE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, cos, sin):
+        ctx.op = "rope"
         ctx.save_for_backward(cos, sin)
         return torch.ops.fastlora.rope(q, k, cos, sin, False)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dq, dk):
-        cos, sin = ctx.saved_tensors
+    @once
+    def backward(ctx, saved, dq, dk):
+        cos, sin = saved
         return *torch.ops.fastlora.rope(_unit_stride(dq), _unit_stride(dk), cos, sin, True), None, None
 
 
@@ -42,6 +44,7 @@ def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor)
 
     Source: Su et al., RoFormer, arXiv:2104.09864; the halves as in Hugging Face's Llama.
     """
+    refuse("rope")
     _check.dtype("rope", "q", q, _check.FLOATS)
     _check.shape("rope", "q", q, (None,) * 4, "as (B, H, T, D)")
     B, _, T, D = q.shape

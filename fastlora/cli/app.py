@@ -164,9 +164,10 @@ def verify(
     strict: Strict = DEFAULT.strict,
     memory: Memory = DEFAULT.memory,
 ) -> None:
-    """Hold the fused model against float64 on a batch of the data, layer by layer. Trains nothing.
+    """Hold the fused model against float64 on a batch of the data, layer by layer and whole. Trains nothing.
 
-    Exit status 1 if anything exceeds the error budget.
+    Of the whole model: logits of a training step, logits and greedy tokens with and without a cache, and whether all
+    that is said to be fused ran. Exit status 1 if anything exceeds the error budget, or did not run.
     """
     from .verify import verify as run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import textwrap
 from collections.abc import Callable, Iterator
@@ -12,14 +13,16 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+import fastlora
 from fastlora import ops
 
 from .._versions import KNOWN
 from ..kernels import _cache, _library, _rows, _tiles
+from ..patching.verification import AGAIN, CACHED, RUNS, TRAINING, UNCACHED
 from .errors import first_line
 from .report import versions
 
-_WIDTH = 92
+_WIDTH, _INDENT = 92, 25
 
 
 class Finding(NamedTuple):
@@ -44,11 +47,11 @@ def doctor(console: Console) -> bool:
 
 def _show(console: Console, finding: Finding) -> None:
     mark, colour = ("✓", "green") if finding.remedy is None else ("✗", "red")
-    lines = textwrap.wrap(finding.found, _WIDTH - 23, break_on_hyphens=False) or [""]
-    console.print(f"  [{colour}]{mark}[/{colour}] {finding.name:18s} {escape(lines[0])}", markup=True)
+    lines = textwrap.wrap(finding.found, min(_WIDTH, console.width) - _INDENT, break_on_hyphens=False) or [""]
+    console.print(f"  [{colour}]{mark}[/{colour}] {finding.name:20s} {escape(lines[0])}", markup=True)
     # A remedy may be a command to be copied: in one line.
     for line in [*lines[1:], *([f"→ {finding.remedy}"] if finding.remedy else [])]:
-        console.print(f"{'':23s}{line}", soft_wrap=True)
+        console.print(f"{'':{_INDENT}s}{line}", soft_wrap=True)
 
 
 def _versions() -> Iterator[Finding]:
@@ -143,8 +146,62 @@ def _parity() -> Iterator[Finding]:
             yield Finding(name, f"{type(raised).__name__}: {first_line(raised)}", _REPORT)
             continue
         yield Finding(name, f"{error:.1e}", None if error <= allowed else f"more than {allowed:.1e}. {_REPORT}")
+    yield from _whole_model(device)
     for words in _tiles.given_up():
         yield Finding("does not run here", words, f"the library's own way serves instead. {_REPORT}")
+
+
+def _whole_model(device: str) -> Iterator[Finding]:
+    """fastlora.verify on a tiny LoRA Llama with random weights, in bf16."""
+    try:
+        found = _verified(device)
+    except Exception as raised:  # as above
+        yield Finding("tiny LoRA Llama", f"{type(raised).__name__}: {first_line(raised)}", _REPORT)
+        return
+    parts: dict[str, list[Any]] = {"layers": [], "tokens": [], "logits": [], "ran": []}
+    for check in found.checks:
+        tokens, logits = check.quantity.endswith((CACHED, UNCACHED)), check.quantity in (TRAINING, AGAIN)
+        part = "ran" if check.quantity == RUNS else "tokens" if tokens else "logits" if logits else "layers"
+        parts[part].append(check)
+    most = {part: f"{max((check.times for check in checks), default=0):.2f}" for part, checks in parts.items()}
+    ran = f"{sum(row.fused > 0 for row in found.fused)} of {len(found.fused)}"
+    for name, part, words in (
+        ("tiny LoRA Llama", "layers", f"{most['layers']} of the budget of fastlora.verify, layer by layer"),
+        ("greedy tokens", "tokens", f"{most['tokens']} of the budget, with and without a cache, left-padded rows too"),
+        ("logits", "logits", f"{most['logits']} of the budget, read twice"),
+        ("fused paths", "ran", f"{ran} of those said to be fused ran"),
+    ):
+        over = next((check for check in found.exceeded if check in parts[part]), None)
+        what = over and f"{over.module}: {over.quantity}: {over.wrong or f'{over.times:.3g} times what is allowed'}"
+        if part != "ran" and not parts[part]:
+            what = "; ".join(found.skipped)
+        yield Finding(name, words, None if what is None else f"{what}. {_REPORT}")
+
+
+def _verified(device: str) -> Any:
+    from .train import quiet
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which names a kernel that is not needed here
+    quiet()
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes: dict[str, Any] = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        # Weights large enough that every one of them matters.
+        base: Any = LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.15))
+        model = get_peft_model(
+            base.to(torch.bfloat16), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.15)
+        ids, mask = torch.randint(0, 128, (4, 12)), torch.ones(4, 12, dtype=torch.int64)
+        mask[1, :4] = 0
+        labels = ids.masked_fill(mask == 0, -100)
+        return fastlora.verify(model.to(device), {"input_ids": ids, "attention_mask": mask, "labels": labels})
 
 
 _REPORT = "report it, with the output of this command, where you got fastlora from"

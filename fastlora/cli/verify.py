@@ -1,5 +1,6 @@
 """`fastlora verify`: a model and a batch of one's own data, fused and unfused, against float64."""
 
+import re
 import tempfile
 from typing import Any
 
@@ -78,9 +79,21 @@ def _randomise(model: Any) -> None:
 
 def _print(found: fastlora.Verification, console: Console) -> None:
     header, *lines = found.lines()
-    table = Table(*header, box=None, pad_edge=False)
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+    # Names are what a narrow terminal, or a file, must show whole.
+    narrow = sum(widths) + 2 * len(widths) > console.width
+    columns = (0, 1, -1) if narrow else range(len(header))
+    table = Table(box=None, pad_edge=False)
+    for i in columns:
+        table.add_column(header[i], overflow="fold")
     for line in lines:
+        cells = [re.sub(r"^.*\.(?=layers\.)", "…", line[i]) if narrow else line[i] for i in columns]
         # As text: a path is no markup.
-        table.add_row(*(Text(cell, "bold red" if line[-1].endswith("OVER") else "") for cell in line))
+        table.add_row(*(Text(cell, "bold red" if line[-1].endswith("OVER") else "") for cell in cells))
     console.print(table)
+    if narrow:
+        for check in found.exceeded:
+            if check.wrong:
+                console.print(f"{check.module}: {check.quantity}: {check.wrong}")
+        console.print(f"(COLUMNS={sum(widths) + 2 * len(widths)} shows {', '.join(header[2:-1])} too)")
     console.print(f"\n{found.notes()}\n{found.verdict()}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +12,11 @@ import torch
 from ..budget import FACTOR, Figures
 from .plan import Row
 
+# What is no module of it, where a module is named.
+WHOLE = "the whole model"
+TRAINING, AGAIN, RUNS = "logits of a training step", "logits, read again", "fused calls"
+# How greedy tokens are made, and logits in inference.
+CACHED, UNCACHED, UNFUSED = "over a cache", "without a cache", "unfused"
 _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.|$)")
 
 
@@ -19,10 +25,11 @@ class Check:
     """One quantity of one module against its budget.
 
     Attributes:
-        module: name in ``model.named_modules()``.
-        quantity: its output, the gradient of its input, or of a parameter.
-        figures: errors in the root mean square and in the maximum; none of what is empty.
-        wrong: what no error measures, such as NaN; None where there is nothing of it.
+        module: name in ``model.named_modules()``, or WHOLE.
+        quantity: its output, the gradient of its input, or of a parameter; of the whole model logits, greedy tokens.
+        figures: errors in the root mean square and in the maximum; none of what is empty. Of greedy tokens one, how far
+            below the best logit the worst choice is, beside twice what a logit may err.
+        wrong: what no error measures, such as NaN, or a module that did not run; None where there is nothing of it.
     """
 
     module: str
@@ -49,18 +56,25 @@ class Verification:
     Attributes:
         checks: everything that was compared.
         passed_through: what ran the original forward, with the reason; compared with itself.
-        loss, unfused_loss: of the batch, fused and by the original forward.
+        loss, unfused_loss: of the batch, by the whole model, fused and not. For the eye: they are not judged.
+        fused: what the plan calls fused, of all that a training step runs, with the fused calls of that step.
+        tokens: the greedy tokens of the sample's prompts: over a cache, without a cache, and unfused.
+        skipped: what was not checked, and why.
     """
 
     checks: tuple[Check, ...]
     passed_through: tuple[Row, ...]
     loss: torch.Tensor
     unfused_loss: torch.Tensor
+    fused: tuple[Row, ...] = ()
+    tokens: Mapping[str, list[list[int]]] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
 
     @property
     def exceeded(self) -> tuple[Check, ...]:
-        """The checks over budget, worst first."""
-        return tuple(sorted((c for c in self.checks if c.exceeded), key=lambda check: -check.times))
+        """The checks over budget, worst first; those of the whole model, which has the errors of all modules, last."""
+        over = (check for check in self.checks if check.exceeded)
+        return tuple(sorted(over, key=lambda check: (check.module == WHOLE, -check.times)))
 
     @property
     def within(self) -> bool:
@@ -78,13 +92,13 @@ class Verification:
 
     def verdict(self) -> str:
         """One sentence."""
-        losses = f"Loss {float(self.loss):.6g}, unfused {float(self.unfused_loss):.6g}."
+        losses = f"Loss of the whole model {float(self.loss):.6g}, unfused {float(self.unfused_loss):.6g}."
         if self.within:
             return f"Within the budget: all {len(self.checks)} quantities. {losses}"
         worst = self.exceeded[0]
         return (
             f"OVER BUDGET: {len(self.exceeded)} of {len(self.checks)} quantities, worst the {worst.quantity} of"
-            f" {worst.module}. {losses}"
+            f" {worst.module}{f': {worst.wrong}' if worst.wrong else ''}. {losses}"
         )
 
     def notes(self) -> str:
@@ -93,8 +107,26 @@ class Verification:
             f"Allowed: {FACTOR} × the original's error (× its luck, where drawn again) + one rounding, against float64."
             " Of each quantity, the worst."
         )
+        ran = sum(row.fused > 0 for row in self.fused)
+        lines = [
+            rule,
+            *self._greedy(),
+            f"{ran} of {len(self.fused)} modules said to be fused ran so in a training step.",
+        ]
+        lines += [f"Not checked: {reason}" for reason in self.skipped]
         reasons = dict.fromkeys(row.why for row in self.passed_through)
-        return "\n".join([rule, *(f"Not fused, so compared with itself: {reason}" for reason in reasons)])
+        return "\n".join([*lines, *(f"Not fused, so compared with itself: {reason}" for reason in reasons)])
+
+    def _greedy(self) -> list[str]:
+        """A sentence about the greedy tokens, where there are any."""
+        rows = self.tokens.get(CACHED)
+        if not rows:
+            return []
+        words = []
+        for how in (UNCACHED, UNFUSED):
+            differ = sum(a != b for a, b in zip(rows, self.tokens.get(how, rows), strict=True))
+            words.append(f"other {how} in {differ}" if differ else f"the same {how}")
+        return [f"Greedy tokens of {len(rows)} prompts over a cache: {', '.join(words)}."]
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -112,6 +144,9 @@ class Verification:
                 }
                 for check in self.checks
             ],
+            "tokens": dict(self.tokens),
+            "skipped": list(self.skipped),
+            "fused": [asdict(row) for row in self.fused],
             "passed_through": [asdict(row) for row in self.passed_through],
         }
 
@@ -127,5 +162,6 @@ def _line(check: Check) -> tuple[str, ...]:
     if check.wrong or not check.figures:
         return check.module, check.quantity, check.wrong or "empty", "", "", "", "OVER" if check.wrong else ""
     f = max(check.figures, key=lambda figures: figures.times)
-    numbers = f"{f.ours:.2e}", f"{f.eager:.2e}", f"{f.allowed:.2e}", f"{f.times:.2f}{' OVER' if check.exceeded else ''}"
+    times = f"{f.times:.2f}" if f.times < 1000 else f"{f.times:.1e}"
+    numbers = f"{f.ours:.2e}", f"{f.eager:.2e}", f"{f.allowed:.2e}", f"{times}{' OVER' if check.exceeded else ''}"
     return check.module, check.quantity, f.norm, *numbers

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama import modeling_llama as hf
 
@@ -19,11 +18,10 @@ from ..modules._fused import Fused, State, original_class
 from ..modules.memory import Memory
 from . import engine
 from .exact import InFloat64, exact
-from .verification import Check, Verification
+from .plan import Row
+from .verification import RUNS, Check, Verification
+from .whole import DRAWS, Sample, Seen, called, doubled, record, unsaved, why_not_generate, yardstick
 
-# Over budget on one draw may be bad luck; over budget on the average of this many, by more than the luck of the
-# original, is not.
-DRAWS = 16
 # What a check sets for its time and puts back: modes, dropout, and what bitsandbytes settles at its first forward.
 _FLAGS = ("training", "p", "attention_dropout", "gradient_checkpointing", "compute_dtype", "compute_type_is_set")
 
@@ -49,12 +47,22 @@ def verify(
     then wider by the original's own luck, its largest error on one of these runs over its average one. An incoming
     gradient is what the original layers above gave: no error is carried from one layer to another.
 
+    What no layer knows is asked of the whole model. In the forward of a training step, every module that runs and that
+    ``explain`` calls fused must count a fused call. The losses of that step are shown, not judged: of a single number,
+    one draw is luck. Then a sample: up to four prompts of up to eight tokens of the batch, every other one padded on
+    the left, and the eight greedy tokens that the fused model continues each with. Over these same tokens its logits
+    are in the same budget against float64: in a training step (read under no_grad, then again, with a gradient),
+    without a cache, and over one, token by token. A greedy token, with a cache or without, is right if its float64
+    logit is below the best by no more than twice what a logit may err: where two are nearer than rounding, either
+    token is. What cannot generate (attention that is not causal, prompt learning) skips that, and ``skipped`` says
+    so. The model's own generation_config, and use_cache=False in its config, are not heeded.
+
     Beside the model, a check needs one layer at a time, or the head, in float64, and the inputs of all layers. Where
     adapters are fp32 over 16-bit weights and autocast is off, the yardstick is the
     original under autocast, as docs/numerics.md has it. Dropout rates are 0 for the check, attention's included, and
     gradient checkpointing is off. Call it in the autocast region that the model trains in, if any.
 
-    The model is left as it was: patched or not, mode, gradients, counters, random numbers.
+    The model is left as it was: patched or not, mode, gradients, counters, random numbers, generation_config.
 
     Args:
         model: holds a LlamaForCausalLM, patched or not (then it is patched for the check); before it is sharded.
@@ -65,8 +73,9 @@ def verify(
         A Verification: ``within`` says whether all is within the budget, ``exceeded`` what is not, worst first.
 
     Raises:
-        TypeError, ValueError: no LlamaForCausalLM, no labels, parameters that are sharded, an attention
-        implementation or a quantised base that has no float64 form, options of ``patch`` for a patched model.
+        TypeError, ValueError: no LlamaForCausalLM, no labels, an attention_mask that hides all, parameters that are
+        sharded, an attention implementation or a quantised base that has no float64 form, options of ``patch`` for a
+        patched model.
         NotFused: with strict=True.
     """
     engine._check_model(model)
@@ -101,6 +110,9 @@ def _check_batch(batch: Any) -> None:
         raise TypeError(f"verify: batch is a {type(batch).__name__}, needs a mapping with input_ids and labels")
     if absent := {"input_ids", "labels"} - set(batch):
         raise ValueError(f"verify: batch has {sorted(batch)}, needs {' and '.join(sorted(absent))} too")
+    mask = batch.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and not mask.any():
+        raise ValueError("verify: batch has an attention_mask of zeros alone, needs a token that is no padding")
 
 
 @contextmanager
@@ -176,8 +188,44 @@ class _Check:
         self.real = mask.bool() if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
     def run(self) -> Verification:
-        plain, last = self._record(self.unfused)
-        fast, _ = self._record(self.fused)
+        fast, plain, fused, unfused = self._steps()
+        idle = [Check(row.path, RUNS, (), "said to be fused, but did not run") for row in fused if not row.fused]
+        skipped = []
+        if any(getattr(module, "_compiled_call_impl", None) for module in self.names):
+            fused, idle = (), []
+            skipped.append("which modules ran: a compiler traces some, and their calls are not counted")
+        if why_not := why_not_generate(self.model, self.causal):
+            skipped.append(f"greedy tokens: {why_not}")
+        sample = Sample(self.causal, self.batch, self.unfused, self.fused, not why_not)
+        sample.judge()
+        self.causal.train()
+        self.checks += [*idle, *sample.checks]
+        self._layers(fast, plain)
+        return Verification(
+            tuple(self.checks),
+            unfused,
+            fast.loss,
+            plain.loss,
+            fused,
+            sample.tokens,
+            (*skipped, *sample.skipped),
+        )
+
+    def _steps(self) -> tuple[Seen, Seen, tuple[Row, ...], tuple[Row, ...]]:
+        """The forward of a training step, fused and unfused; of what it runs, what is fused, and what is not."""
+        self.unfused()
+        with torch.no_grad(), called(self.names) as ran:
+            plain = record(self.causal, **self.batch)
+        self.fused()
+        with torch.enable_grad(), unsaved():
+            fast = record(self.causal, **self.batch)
+        plan = engine.explain(self.model)
+        paths = {self.names[module] for module in ran}
+        return fast, plain, tuple(row for row in plan.rows if not row.why and row.path in paths), plan.unfused
+
+    def _layers(self, fast: Seen, plain: Seen) -> None:
+        """Judge the head, and then the layers from the last to the first."""
+        last = plain.last
         labels = {name: value for name, value in self.batch.items() if name not in ("input_ids", "attention_mask")}
 
         def head(norm: nn.Module, lm_head: nn.Module) -> Any:
@@ -195,47 +243,21 @@ class _Check:
         precise = exact(whole, last.dtype)
         calls = (head(norm, lm_head), head(norm, lm_head), head(precise["norm"], precise["lm_head"]))
         prefix = {"norm": self.names[norm], "lm_head": self.names[lm_head]}
-        dy, loss = self._compare(of_head, calls, whole, precise, prefix)
-        losses = loss["fused"], loss["unfused"]
+        dy = self._compare(of_head, calls, whole, precise, prefix)
         del precise, calls
-        seen = zip(self.causal.model.layers, plain, fast, strict=True)
+        seen = zip(self.causal.model.layers, plain.layers, fast.layers, strict=True)
         for layer, (x, kwargs), (_, fast_kwargs) in reversed(list(seen)):
             self.unfused()
             precise = exact(layer, x.dtype)
-            calls = (partial(layer, **fast_kwargs), partial(layer, **kwargs), partial(precise, **_double(kwargs)))
+            calls = (partial(layer, **fast_kwargs), partial(layer, **kwargs), partial(precise, **doubled(kwargs)))
             at = SimpleNamespace(path=self.names[layer], x=x, dy=dy.to(x.device), real=self.real)
-            dy, _ = self._compare(at, calls, layer, precise, {"": self.names[layer]})
-        self.fused()
-        return Verification(tuple(self.checks), engine.explain(self.model).unfused, *losses)
-
-    @torch.no_grad()
-    def _record(self, form: Callable[[], None]) -> tuple[list[tuple[torch.Tensor, dict[str, Any]]], torch.Tensor]:
-        """What enters every layer, and the final norm, in a forward of the model in this form."""
-        form()
-        seen: dict[nn.Module, tuple[torch.Tensor, dict[str, Any]]] = {}
-
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x, *rest = args if args else (kwargs.pop("hidden_states"),)
-            names = ("attention_mask", "position_ids")  # as transformers orders them, should it ever pass them so
-            kwargs = {**kwargs, **dict(zip(names, rest, strict=False))}
-            # Run alone and several times, a layer must not add to a cache.
-            kwargs |= {name: None for name in kwargs if name.startswith("past_key_value")}
-            seen[module] = x, kwargs
-
-        inner = self.causal.model
-        of_loss = ("labels", "num_items_in_batch", "shift_labels")
-        inputs = {name: value for name, value in self.batch.items() if name not in of_loss}
-        with ExitStack() as stack:
-            for module in (*inner.layers, inner.norm):
-                stack.enter_context(module.register_forward_pre_hook(note, with_kwargs=True))
-            inner(**{**inputs, "use_cache": False})
-        return [seen[layer] for layer in inner.layers], seen[inner.norm][0]
+            dy = self._compare(at, calls, layer, precise, {"": self.names[layer]})
 
     def _compare(self, at: Any, calls: Any, module: nn.Module, precise: nn.Module, prefix: dict[str, str]) -> Any:
-        """Judge one module; returns the original's gradient of its input, and the first outputs of both."""
+        """Judge one module; returns the original's gradient of its input."""
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         wide = {name: p for name, p in precise.named_parameters() if name in trained}
-        yardstick = _yardstick(at.x, module)
+        as_trained = yardstick(at.x, module)
         budgets: dict[str, Budget] = {}
         worse: dict[str, str] = {}
         first: Any = None
@@ -244,12 +266,12 @@ class _Check:
             self.fused()
             ours = _run(calls[0], x, dy, trained, at.real)
             self.unfused()
-            with yardstick:
+            with as_trained:
                 eager = _run(calls[1], x, dy, trained, at.real)
             with InFloat64(), torch.autocast(x.device.type, enabled=False):
                 truth = _run(calls[2], x.double(), dy.double(), wide, at.real)
             if first is None:
-                first = eager["gradient of its input"], {"fused": ours["output"], "unfused": eager["output"]}
+                first = eager["gradient of its input"]
             for name, exact_value in truth.items():
                 try:
                     budgets.setdefault(name, Budget(name, luck=True)).add(ours[name], eager[name].detach(), exact_value)
@@ -302,19 +324,3 @@ def _another(x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     moved = x * (1 + (torch.rand_like(x) - 0.5) / 16)
     signs = 1 - 2 * torch.randint(0, 2, dy.shape, device=dy.device).to(dy.dtype)
     return moved, dy * signs if dy.dim() else dy
-
-
-def _yardstick(x: torch.Tensor, module: nn.Module) -> Any:
-    """What the original runs under: as it is, or, where fp32 adapters stand over 16-bit weights, autocast."""
-    device = x.device.type
-    dtypes: list[Any] = [p.dtype for p in module.parameters()]
-    dtypes += [getattr(m, "compute_dtype", None) for m in module.modules()]
-    narrow = [dtype for dtype in dtypes if dtype in (torch.bfloat16, torch.float16)]
-    wide = any(p.dtype == torch.float32 and "lora_" in name for name, p in module.named_parameters())
-    if torch.is_autocast_enabled(device) or not (narrow and wide):
-        return torch.autocast(device, torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device))
-    return torch.autocast(device, narrow[0])
-
-
-def _double(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, kwargs)

@@ -1,12 +1,29 @@
 """fastlora tune and fastlora doctor, as a person meets them."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
+from patching import faults
 
 from fastlora._versions import Known
 from fastlora.cli import doctor
+
+
+def wrong_projection(monkeypatch):
+    from fastlora.modules import lora
+
+    mlp = lora.ops.lora_mlp
+    monkeypatch.setattr(lora.ops, "lora_mlp", lambda x, *args, **options: mlp(x * 1.1, *args, **options))
+
+
+def no_llama(monkeypatch):
+    def refuse(device):
+        raise RuntimeError("no Llama")
+
+    monkeypatch.setattr(doctor, "_verified", refuse)
+
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -67,7 +84,7 @@ def test_doctor_is_well_here(cache, capsys):
     well, text = run(capsys)
     assert "✗" not in text and well, text
     assert text.rstrip().endswith("All is well.")
-    assert all(name in text for name in (*doctor.CHECKS, "torch", "csrc", "tuning cache"))
+    assert all(name in text for name in (*doctor.CHECKS, "torch", "csrc", "tuning cache", "26 of 26"))
     assert max(map(len, text.splitlines())) <= 100
 
 
@@ -103,6 +120,7 @@ def test_doctor_sees_a_wrong_op(op, cache, capsys, monkeypatch):
         out = right(*args, **kwargs)
         return tuple(one * 1.03 for one in out) if isinstance(out, tuple) else out * 1.03
 
+    monkeypatch.setattr(doctor, "_whole_model", lambda device: ())
     checks = {op: doctor.CHECKS[op]}
     monkeypatch.setattr(doctor, "CHECKS", checks)
     monkeypatch.setattr(doctor.ops, op, off)
@@ -117,11 +135,43 @@ def test_doctor_sees_a_wrong_op(op, cache, capsys, monkeypatch):
     assert not well and "RuntimeError: no such kernel" in text
 
 
+@pytest.mark.parametrize(
+    ("fault", "name", "what"),
+    [
+        (faults.drop_cache, "greedy tokens", "the whole model: logits over a cache: "),
+        (faults.fade_logits, "logits", "the whole model: logits, read again: "),
+        (partial(faults.never_run, part="up_proj"), "fused paths", "mlp.up_proj: fused calls: said to be fused, but"),
+        (wrong_projection, "tiny LoRA Llama", ": output: "),
+        (no_llama, "tiny LoRA Llama", "RuntimeError: no Llama"),
+    ],
+)
+def test_doctor_sees_a_wrong_model(fault, name, what, cache, capsys, monkeypatch):
+    """Each in its own line. A wrong projection makes the whole wrong, too."""
+    monkeypatch.setattr(doctor, "CHECKS", {})
+    fault(monkeypatch)
+    well, text = run(capsys)
+    lines = [line for line in text.splitlines() if line.startswith("  ✗")]
+    assert not well and name in lines[0] and what in text, text
+    assert len(lines) == 1 or fault is wrong_projection
+    assert doctor._REPORT in text
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_doctor_keeps_to_the_width(width, cache, capsys):
+    from rich.console import Console
+
+    assert doctor.doctor(Console(width=width))
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= width
+
+
 def test_doctor_says_what_to_do_about_a_bad_cache(cache, capsys, monkeypatch):
     (cache / "tuning.json").write_text("{")
     monkeypatch.setattr(doctor, "CHECKS", {})
+    monkeypatch.setattr(doctor, "_whole_model", lambda device: ())
     well, text = run(capsys)
-    assert not well and "not JSON" in text and f"→ rm {cache}/tuning.json" in text.replace("\n" + " " * 23, "")
+    assert (
+        not well and "not JSON" in text and f"→ rm {cache}/tuning.json" in text.replace("\n" + " " * doctor._INDENT, "")
+    )
     assert (cache / "tuning.json").exists(), "the doctor moves nothing"
 
 

@@ -1,9 +1,11 @@
 """`fastlora verify`, in this process: the batch that train would draw, the table, and the exit status."""
 
+import re
 import sys
 
 import pytest
 import torch
+from patching import faults
 
 from fastlora import cli
 from fastlora.modules import lora as reader
@@ -50,6 +52,27 @@ def test_an_adapter_and_a_fault(verify, model_dir, tmp_path, monkeypatch):
     assert status == 1
     assert "OVER BUDGET" in said and "v_proj" in said and "k_proj" not in said
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("width", [80, 300])
+def test_a_cache_that_is_dropped(verify, monkeypatch, width):
+    """Exit status 1; and in a narrow terminal the names are whole."""
+    faults.drop_cache(monkeypatch)
+    faults.never_run(monkeypatch, "up_proj")
+    monkeypatch.setenv("COLUMNS", str(width))
+    status, said = verify("--max-length", 64)
+    assert status == 1 and "OVER BUDGET" in said
+    table = said[said.index("\nmodule ") : said.index("\nAllowed")]
+    for line in (
+        r"layers\.\d\.self_attn\.q_proj +gradient of lora_A\.default\.weight",
+        "the whole model +logits over a cache",
+    ):
+        assert re.search(line, table), said
+    assert ("original's  allowed" in table) == (width == 300)
+    assert width == 300 or max(len(line) for line in table.splitlines() if ": fused calls: " not in line) <= width
+    assert "layers.0.mlp.up_proj: fused calls: said to be fused, but did not run" in said or width == 300
+    assert said.count("said to be fused, but did not run") == 3, "of two layers, and in the verdict"
 
 
 def test_errors_are_one_line(verify, tmp_path):

@@ -12,6 +12,7 @@ from torch import nn
 import fastlora
 from fastlora.modules import llama as fast
 from fastlora.modules import lora as reader
+from fastlora.patching.verification import WHOLE
 from patching.tiny import batch, llama, lora, misread, row, step
 
 
@@ -43,7 +44,9 @@ def test_within(name):
     if name == "no adapters":
         trained -= 1  # the embedding is no part of a layer or of the head
     layers = 2
-    assert len(found.checks) == 2 * (layers + 1) + trained
+    of_whole = sum(check.module == WHOLE for check in found.checks)
+    assert of_whole == 6 and len(found.checks) == of_whole + 2 * (layers + 1) + trained
+    assert all(row.fused for row in found.fused)
     assert all(check.figures for check in found.checks)
     assert "Within the budget" in str(found)
 
@@ -58,7 +61,8 @@ def snapshot(model: nn.Module):
     values = {name: t.clone() for name, t in model.state_dict().items()}
     grads = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
     flags = [(type(m), m.training, getattr(m, "p", None), m._forward_pre_hooks.copy()) for m in model.modules()]
-    return values, grads, flags, model.config._attn_implementation, fastlora.explain(model), torch.get_rng_state()
+    config = model.config.to_dict(), model.generation_config, model.generation_config.to_dict()
+    return values, grads, flags, config, fastlora.explain(model), torch.get_rng_state()
 
 
 @pytest.mark.parametrize("patched", [False, True])
@@ -71,11 +75,11 @@ def test_leaves_the_model_as_it_was(patched):
     model.base_model.model.model.layers[0].train()
     before = snapshot(model)
     fastlora.verify(model, batch())
-    values, grads, flags, attention, plan, state = snapshot(model)
+    values, grads, flags, config, plan, state = snapshot(model)
     assert all(torch.equal(values[name], t) for name, t in before[0].items())
     assert all((g is None) == (grads[name] is None) for name, g in before[1].items())
     assert all(torch.equal(grads[name], g) for name, g in before[1].items() if g is not None)
-    assert (flags, attention, plan) == before[2:5]
+    assert (flags, config, plan) == before[2:5]
     assert torch.equal(state, before[5])
 
 
@@ -85,7 +89,7 @@ def test_finds_a_wrong_scaling_and_names_the_projection(monkeypatch):
     misread(monkeypatch, model.base_model.model.model.layers[1].mlp.down_proj, 1.1)
     found = fastlora.verify(model, batch())
     assert not found.within
-    assert {".layers.1" in check.module for check in found.exceeded} == {True}
+    assert {".layers.1" in check.module or check.module == WHOLE for check in found.exceeded} == {True}
     assert found.exceeded[0].module.endswith("layers.1.mlp.down_proj")
     assert "OVER BUDGET" in str(found) and "layers.1.mlp.down_proj" in found.verdict()
 
@@ -109,6 +113,7 @@ def test_finds_a_wrong_loss(monkeypatch):
     monkeypatch.setattr(fast, "linear_cross_entropy", lambda *args, **kwargs: loss(*args, **kwargs) * 1.001)
     found = fastlora.verify(lora(llama()), batch())
     assert {check.module for check in found.exceeded} == {"base_model.model"}
+    assert float(found.loss) == pytest.approx(1.001 * float(found.unfused_loss), rel=1e-5)
 
 
 def test_finds_nan(monkeypatch):

@@ -18,7 +18,7 @@ from ..ops import linear_cross_entropy, rms_norm, swiglu
 from ..planning.activations import Adapters
 from . import attention, lora, memory
 from ._fused import Fused, Part, why_not_called, why_not_plain
-from .lazy_logits import LazyLogits
+from .traced_logits import lazy_logits
 
 _SILU = type(ACT2FN["silu"])
 
@@ -246,7 +246,7 @@ class LlamaForCausalLM(Fused, hf.LlamaForCausalLM):
         )
         return CausalLMOutputWithPast(
             loss=loss,
-            logits=LazyLogits(self.lm_head, hidden),  # type: ignore[arg-type]
+            logits=lazy_logits(self.lm_head, hidden),
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

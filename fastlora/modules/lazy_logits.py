@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import linear
 from torch.utils._pytree import tree_map_only
+
+from ..ops._linear_node import linear_node
 
 _SAMPLES = 1024
 _aten = torch.ops.aten
@@ -101,8 +104,6 @@ class LazyLogits(torch.Tensor):
     """
 
     _cell: Cell
-    # Results of torch's functions are plain, and another subclass's __torch_function__ does not see this class.
-    __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(
@@ -123,16 +124,8 @@ class LazyLogits(torch.Tensor):
         if torch.Tag.inplace_view in function.tags and isinstance(args[0], cls):
             args[0].data = function(args[0]._cell.read().detach(), *args[1:], **kwargs)
             return args[0]
-        owners = {}
-
-        def read(lazy: LazyLogits) -> torch.Tensor:
-            value = lazy._cell.read()
-            owners[id(value)] = lazy
-            return value
-
-        args, kwargs = tree_map_only(cls, read, (args, kwargs))
-        # Operators in place give back the tensor that the caller wrote to.
-        return tree_map_only(torch.Tensor, lambda t: owners.get(id(t), t), function(*args, **kwargs))
+        args, kwargs = tree_map_only(cls, lambda x: x._cell.read(), (args, kwargs))
+        return function(*args, **kwargs)
 
     def _plain(self) -> torch.Tensor:
         """A plain tensor of the same memory, at the same place in the graph."""
@@ -140,8 +133,7 @@ class LazyLogits(torch.Tensor):
             plain = self._cell.read().detach().requires_grad_(self.requires_grad)
             plain.grad = self.grad
             return plain
-        with torch.enable_grad():
-            return self[...]
+        return self[...]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -231,38 +223,10 @@ def _unread(function: Any, args: Any, kwargs: Any) -> LazyLogits | None:
     return LazyLogits(cell, x.shape, dtype, x.device, **memory)
 
 
-class _Lazy(torch.autograd.Function):
-    """The product's place in the graph: dhidden = dlogits weight, dweight = dlogitsᵀ hidden, in torch's operators."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, product: Product) -> LazyLogits:
-        # An engine passes no gradient for logits outside the loss: zeros in its place would be as large as they are.
-        ctx.set_materialize_grads(False)
-        # Not save_for_backward: hooks on saved tensors would copy both in each step, for a backward that rarely runs.
-        ctx.factors, ctx.product = (hidden, weight), product
-        shape = torch.Size((*hidden.shape[:-1], weight.shape[0]))
-        return LazyLogits(Cell(product), shape, product.dtype, hidden.device)
-
-    @staticmethod
-    def backward(ctx: Any, dlogits: torch.Tensor | None) -> Any:
-        if dlogits is None:
-            return None, None, None
-        ctx.product.check(samples=False)
-        hidden, weight = ctx.factors
-        need_hidden, need_weight, _ = ctx.needs_input_grad
-        rows, dtype = dlogits.reshape(-1, dlogits.shape[-1]), ctx.product.dtype
-        dhidden = dweight = None
-        if need_hidden:
-            dhidden = (rows @ weight.to(dtype)).view(hidden.shape).to(hidden.dtype)
-        if need_weight:
-            dweight = (rows.t() @ hidden.reshape(-1, hidden.shape[-1]).to(dtype)).to(weight.dtype)
-        return dhidden, dweight, None
-
-
 def attached(
     hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, samples: Sequence[torch.Tensor] = ()
-) -> LazyLogits:
-    """``hidden weightᵀ`` in the graph of both.
+) -> torch.Tensor:
+    """``hidden weightᵀ``, unread, in the graph of both.
 
     Args:
         hidden: (..., H).
@@ -275,4 +239,6 @@ def attached(
     operands = []
     for i, (name, tensor) in enumerate((("hidden_states[-1]", hidden.detach()), ("lm_head.weight", weight.detach()))):
         operands.append(Operand(name, tensor, *((None, samples[i]) if samples else (tensor._version, sample(tensor)))))
-    return _Lazy.apply(hidden, weight, Product(operands, dtype))
+    product, shape = Product(operands, dtype), torch.Size((*hidden.shape[:-1], weight.shape[0]))
+    make = partial(LazyLogits, Cell(product), shape, dtype, hidden.device)
+    return linear_node(hidden, weight, dtype, make, partial(product.check, samples=False))

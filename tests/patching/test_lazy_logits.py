@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -57,6 +58,12 @@ def saved(x):
     torch.save(x, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
+
+
+def copy_twice(x):
+    first, second = copy.deepcopy([x, x])
+    assert first is second
+    return first
 
 
 def compiled(function, x):
@@ -123,6 +130,7 @@ READS = {
     "pickle under no_grad": torch.no_grad()(lambda x: pickle.loads(pickle.dumps(x))),
     "copy": lambda x: copy.copy(x).detach(),
     "deepcopy": lambda x: copy.deepcopy(x.detach()),
+    "deepcopy of one, twice": lambda x: copy_twice(x.detach()),
     "deepcopy of a leaf": lambda x: copy.deepcopy(x.detach().requires_grad_()),
     "save": lambda x: saved(x).detach(),
     "save a dictionary": lambda x: saved({"logits": x})["logits"].detach(),
@@ -266,6 +274,24 @@ def test_in_place(write):
         )
 
     assert_equal(*both(use))
+
+
+@pytest.mark.parametrize("context", [nullcontext, torch.no_grad, torch.inference_mode])
+def test_a_write_gives_the_tensor_itself(context):
+    def use(x, hidden, weight):
+        x, other = x.detach(), x.detach().clone()
+        with context():
+            results = (
+                (x.add_(1), x),
+                (torch.relu_(x), x),
+                (torch.exp(other, out=x), x),
+                (torch.max(x, -1, keepdim=True, out=(other, torch.empty(0, dtype=torch.int64)))[0], other),
+                (torch.ops.aten.mul_.Tensor(x, 2), x),
+            )
+        return tuple(mine is its for mine, its in results)
+
+    ours, theirs = both(use)
+    assert ours[:5] == theirs[:5] == (True,) * 5
 
 
 def backward(x, g=None):

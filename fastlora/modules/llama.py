@@ -17,7 +17,7 @@ from ..ops import linear_cross_entropy, rms_norm, swiglu
 from ..planning.activations import Adapters
 from . import attention, lora, memory, trust
 from ._fused import Fused, Part, why_not_called, why_not_plain
-from .lazy_logits import LazyLogits
+from .traced_logits import lazy_logits
 
 
 class LlamaRMSNorm(Fused, hf.LlamaRMSNorm):
@@ -299,7 +299,7 @@ class LlamaForCausalLM(Fused, hf.LlamaForCausalLM):
         )
         return CausalLMOutputWithPast(
             loss=loss,
-            logits=LazyLogits(self.lm_head, hidden),  # type: ignore[arg-type]
+            logits=lazy_logits(self.lm_head, hidden),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **{trust.CACHE: outputs.get(trust.CACHE)},

@@ -6,7 +6,9 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+import fastlora
 from fastlora import _versions
 from fastlora._versions import KNOWN, Known, release, warn_if_newer
 
@@ -37,7 +39,7 @@ def test_what_is_known(found, too_old, too_new):
 def installed(monkeypatch, caplog):
     """What is logged by two calls where this version of transformers, or this error, is what is found."""
 
-    def warnings(found):
+    def warnings(found, call=warn_if_newer):
         def version(name):
             assert name == "transformers"
             if isinstance(found, Exception):
@@ -47,8 +49,8 @@ def installed(monkeypatch, caplog):
         monkeypatch.setattr(_versions, "version", version)
         warn_if_newer.cache_clear()
         with caplog.at_level(logging.WARNING, logger="fastlora"):
-            warn_if_newer()
-            warn_if_newer()
+            call()
+            call()
         return [record.getMessage() for record in caplog.records if record.name == "fastlora"]
 
     yield warnings
@@ -60,6 +62,12 @@ def test_a_newer_transformers_is_said_once(installed):
     (text,) = installed(f"{major}.{minor + 1}.0")
     assert f"transformers {major}.{minor + 1}.0 is newer than {major}.{minor}, " in text
     assert "fastlora.verify(model, batch)" in text and f"pip install 'transformers=={major}.{minor}.*'" in text
+
+
+def test_patch_says_so(installed):
+    """Whatever the model."""
+    texts = installed("99.0", lambda: fastlora.patch(nn.Linear(1, 1)))
+    assert ["99.0" in text for text in texts].count(True) == 1
 
 
 @pytest.mark.parametrize("found", [KNOWN["transformers"].newest + ".9", "4.57.1", "main", PackageNotFoundError()])

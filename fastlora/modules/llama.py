@@ -126,7 +126,8 @@ class LlamaAttention(Fused, hf.LlamaAttention):
         """
         batch, tokens = x.shape[:-1]
         cos, sin = position_embeddings
-        cache = next((c for name in trust.CACHE_NAMES if (c := kwargs.pop(name, None)) is not None), None)
+        caches = [kwargs.pop(name, None) for name in trust.CACHE_NAMES]
+        cache = next((cache for cache in caches if cache is not None), None)
         why = self._why_not_rope() or why_not_plain(cos, sin)
         self.count("", why)
         names = ("q_proj", "k_proj", "v_proj")
@@ -202,7 +203,10 @@ class LlamaDecoderLayer(Fused, hf.LlamaDecoderLayer):
         self.count("", why)
         policy = self._fastlora.memory.policy(self, hidden_states)
         if policy != memory.KEEP:
+            cached = [cache for name in trust.CACHE_NAMES if (cache := kwargs.get(name)) is not None]
             once = lora.why_only_once(self)
+            if any(cache.get_seq_length() for cache in cached):
+                once = "a cache with tokens in it: nothing is recomputed"
             self.count("memory", once)
             policy = memory.KEEP if once else policy
         if policy == memory.MLP and why is None:
@@ -210,11 +214,10 @@ class LlamaDecoderLayer(Fused, hf.LlamaDecoderLayer):
             return memory.checkpoint(self, self.mlp.normed, x, self.post_attention_layernorm)
         if policy == memory.KEEP:
             return self._layer(why, hidden_states, *args, **kwargs)
-        cached = [name for name in trust.CACHE_NAMES if kwargs.get(name) is not None]
         if cached and (mask := kwargs.get("fastlora_mask")):
             kwargs["fastlora_mask"] = mask.over_cache()
         # As under transformers' own checkpointing: the second forward would write to the cache again.
-        kwargs |= dict.fromkeys(cached)
+        kwargs = {name: None if name in trust.CACHE_NAMES else value for name, value in kwargs.items()}
         return memory.checkpoint(self, self._layer, why, hidden_states, *args, **kwargs)
 
     def _layer(self, why: str | None, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -83,9 +83,11 @@ def _read(projection: Any, dtype: torch.dtype | None = None) -> Read | str:
             return f"lora_dropout is a {type(dropout).__name__}"
         if why := why_not_plain(lora_a.weight, lora_b.weight, lora_b.bias):
             return why
+        if lora_a.bias is not None:
+            return "lora_A has a bias"
         scaling = projection.scaling[name]
         if not isinstance(scaling, (int, float)):
-            return f"the scaling is a {type(scaling).__name__}: PEFT's forward gives its gradient"
+            return f"the scaling is a {type(scaling).__name__}, not a number: PEFT's own forward runs"
         rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         if variant := projection.lora_variant.get(name):
             if not isinstance(variant, DoraLinearVariant):
@@ -108,6 +110,8 @@ def _read(projection: Any, dtype: torch.dtype | None = None) -> Read | str:
 
 def _why_not_dtype(dtype: torch.dtype, x: torch.Tensor, read: Read) -> str | None:
     """Why x, come to this dtype, does not fit the projection; None where it does, or autocast makes it."""
+    if why := why_not_plain(x):
+        return why
     weight, device = read.projection.weight, x.device
     if weight.device != device:
         return f"weight on {weight.device}, x on {device}"
@@ -145,7 +149,7 @@ def why_only_once(layer: Any) -> str | None:
     for projection in _projections(layer):
         for variant in projection.lora_variant.values():
             if not isinstance(variant, DoraLinearVariant):
-                return f"{type(variant).__name__} may depend on hooks that are gone in backward: nothing is recomputed"
+                return f"{type(variant).__name__}, which may depend on the call of the model: nothing is recomputed"
     return None
 
 

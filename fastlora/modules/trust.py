@@ -2,8 +2,8 @@
 
 A fused forward computes what functions of transformers, PEFT and torch would have computed, and does not call them.
 If one of them was replaced, it is not ours to bypass: the module runs the replacement, and ``explain`` says why.
-`BYPASSED` lists them all. A function counts as replaced if it is not the one that was there when fastlora was
-imported, or if that one did not come from the library's own files.
+`BYPASSED` lists those that people replace. A function counts as replaced if it is not the one that was there when
+fastlora was imported, or if that one did not come from the library's own files.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora import variants as peft_variants
 from torch.nn.modules import module as torch_hooks
+from torch.utils._device import DeviceContext
 from transformers import masking_utils
 from transformers.activations import ACT2FN
 from transformers.loss import loss_utils
@@ -66,7 +67,7 @@ class Bypassed(NamedTuple):
         return f"{self.owner.__name__ if module else self.owner.__qualname__}.{self.name}"
 
 
-BYPASSED = (
+_TABLE = (
     Bypassed("norm", hf.LlamaRMSNorm, "forward"),
     Bypassed("mlp", hf.LlamaMLP, "forward"),
     Bypassed("attention", hf.LlamaAttention, "forward"),
@@ -86,15 +87,26 @@ BYPASSED = (
     Bypassed("projection", torch.nn.functional, "dropout", torch),
     Bypassed("projection", peft_layer.Linear, "forward", peft),
     Bypassed("dora", peft_variants.DoraLinearVariant, "forward", peft),
+    Bypassed("projection", peft_layer.Linear, "_cast_input_dtype", peft),
     Bypassed("dora", peft_dora.DoraLinearLayer, "forward", peft),
+    Bypassed("dora", peft_dora.DoraLinearLayer, "get_weight_norm", peft),
+    Bypassed("dora", peft_dora.DoraLinearLayer, "get_lora_weight", peft),
+    Bypassed("dora", peft_dora, "dequantize_module_weight", peft),
     Bypassed("sdpa", hf.ALL_ATTENTION_FUNCTIONS, "sdpa"),
     Bypassed("sdpa", masking_utils.ALL_MASK_ATTENTION_FUNCTIONS, "sdpa"),
     Bypassed("sdpa", hf, "create_causal_mask"),
     Bypassed("sdpa", hf, "ALL_ATTENTION_FUNCTIONS"),
+    Bypassed("sdpa", type(hf.ALL_ATTENTION_FUNCTIONS), "get_interface"),
     Bypassed("sdpa", torch.nn.functional, "scaled_dot_product_attention", torch),
+    Bypassed("call", torch.nn.Module, "__call__", torch),
+    Bypassed("call", torch.nn.Module, "_call_impl", torch),
+    Bypassed("call", torch.nn.Linear, "__call__", torch),
 )
+# Not every version of a library has all of them.
+BYPASSED = tuple(entry for entry in _TABLE if entry.read() is not None)
 ROLES = tuple(dict.fromkeys(entry.role for entry in BYPASSED))
-# Roles that run without calling the modules inside, whose hooks would not fire.
+# Roles that run without calling the modules inside: hooks on every module, and another way of calling them ("call"),
+# would not be seen.
 _SKIP_MODULES = ("mlp", "attention", "layer", "head", "silu", "projection", "dora")
 
 # The parameters of the forwards we know, transformers 4.57 to 5.24. An argument that we do not know may matter.
@@ -179,7 +191,7 @@ def _place(function: Any) -> str:
 
 
 def _learn(entry: Bypassed) -> Any:
-    """The function of an entry as it has to stay; a new object, which nothing is, where it is not what we know."""
+    """The function of an entry as it has to stay; where it is not what we know, a fresh object, equal to nothing."""
     function = entry.read()
     mapping = isinstance(function, Mapping)
     unknown = entry.name == "forward" and entry.role in KNOWN and why_unknown(entry.role, function)
@@ -215,10 +227,17 @@ def _hooks() -> tuple[Any, ...]:
     return tuple(hook for hook in hooks if getattr(hook, "__module__", "") != "torch.utils.module_tracker")
 
 
+def _modes() -> tuple[type, ...]:
+    """The TorchFunctionModes that run, but for that of torch.set_default_device."""
+    stack = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    return tuple(type(mode) for mode in stack if not isinstance(mode, DeviceContext))
+
+
 def token() -> tuple[Any, ...]:
-    """The identity of everything that is bypassed: equal as long as nothing of it was replaced."""
+    """The identity of everything that is bypassed: equal as long as nothing in it was replaced."""
     hooks = _hooks() if _forward or _before or _backward or _before_backward else ()
-    return _attributes(_Root), _attention["sdpa"], _masks["sdpa"], hooks, transform()
+    modes = _modes() if torch._C._len_torch_function_stack() else ()
+    return _attributes(_Root), _attention["sdpa"], _masks["sdpa"], hooks, modes, transform()
 
 
 def _same_product(function: Any) -> bool:
@@ -230,9 +249,10 @@ def _same_product(function: Any) -> bool:
 def _answer() -> dict[str, str]:
     """By role, why it must not be bypassed; empty where all is as it was."""
     if running := transform():
-        why = f"{running} runs, for which fused operators have no rule"
-        return dict.fromkeys(ROLES, why)
-    reasons: dict[str, str] = {}
+        return dict.fromkeys(ROLES, f"{running} runs, for which fused operators have no rule")
+    if modes := _modes():
+        return dict.fromkeys(ROLES, f"{modes[-1].__name__}, a TorchFunctionMode, has to see every function")
+    found: dict[str, str] = {}
     for entry, known in zip(BYPASSED, _known, strict=True):
         function = entry.read()
         if function is known or (inspect.ismethod(function) and function == known) or _same_product(function):
@@ -240,12 +260,14 @@ def _answer() -> dict[str, str]:
         unknown = None
         if entry.name == "forward" and entry.role in KNOWN and comes_from(function, entry.library):
             unknown = why_unknown(entry.role, function)
-        reasons.setdefault(entry.role, unknown or f"{entry} was replaced by {_place(function)}, which runs instead")
+        why = unknown or f"{entry} was replaced by {_place(function)}, which runs instead"
+        for role in _SKIP_MODULES if entry.role == "call" else (entry.role,):
+            found.setdefault(role, why)
     if hooks := _hooks():
         why = f"a global module hook has to see every module: {_place(hooks[0])}"
         for role in _SKIP_MODULES:
-            reasons.setdefault(role, why)
-    return reasons
+            found.setdefault(role, why)
+    return found
 
 
 _seen: tuple[tuple[Any, ...], dict[str, str]] = (), {}
@@ -260,14 +282,15 @@ class _Held(threading.local):
 _held = _Held()
 
 
-def _reasons() -> dict[str, str]:
+def reasons() -> dict[str, str]:
+    """By role, why it must not be bypassed now; empty where all is as it was."""
     global _seen
     if _held.reasons is not None:
         return _held.reasons
-    now = token()
-    if now != _seen[0]:
-        _seen = now, _answer()
-    return _seen[1]
+    seen, now = _seen, token()
+    if now != seen[0]:
+        _seen = seen = now, _answer()
+    return seen[1]
 
 
 def once(forward: Forward) -> Forward:
@@ -277,7 +300,7 @@ def once(forward: Forward) -> Forward:
     def asked_once(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or _held.reasons is not None:
             return forward(*args, **kwargs)
-        _held.reasons = _reasons()
+        _held.reasons = reasons()
         try:
             return forward(*args, **kwargs)
         finally:
@@ -290,16 +313,16 @@ def why_not(*roles: str) -> str | None:
     """Why what these roles stand for must not be bypassed now; None where it may be. See `BYPASSED`."""
     if torch.compiler.is_compiling():
         return _traced(roles)
-    if reasons := _reasons():
-        return next((reasons[role] for role in roles if role in reasons), None)
+    if why := reasons():
+        return next((why[role] for role in roles if role in why), None)
     return None
 
 
 @torch.compiler.assume_constant_result
 def _traced(roles: tuple[str, ...]) -> str | None:
     """The answer when a graph is made, for as long as it is used."""
-    reasons = _reasons()
-    return next((reasons[role] for role in roles if role in reasons), None)
+    why = reasons()
+    return next((why[role] for role in roles if role in why), None)
 
 
 _trusted: dict[type, Any] = {}

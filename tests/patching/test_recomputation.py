@@ -6,7 +6,7 @@ from peft.tuners.lora import LoraLayer
 
 import fastlora
 
-from .tiny import assert_same, batch, gradients, judge, llama, lora, row, step
+from .tiny import CACHE, assert_same, batch, gradients, judge, llama, lora, row, step
 
 
 def scaled(model, mask):
@@ -15,7 +15,20 @@ def scaled(model, mask):
             module.set_scale("default", 5.0)
 
 
+def written(model, mask):
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.detach().mul_(2)
+
+
+def hooked(model, mask):
+    norm = model.base_model.model.model.layers[0].input_layernorm
+    norm.register_forward_hook(lambda module, args, out: 2 * out)
+
+
 CHANGES = {
+    "weights": written,
+    "hooks": hooked,
     "scale": scaled,
     "adapters": lambda model, mask: model.base_model.disable_adapter_layers(),
     "mode": lambda model, mask: model.eval(),
@@ -83,3 +96,30 @@ def test_layers_are_counted_as_they_are(build, layers, wanted):
     rows = [r for r in fastlora.explain(model).rows if r.path.endswith("memory") or r.path.endswith(".mlp")]
     assert sum(r.path.endswith(".mlp") for r in rows) == layers
     assert sum(r.path.endswith("memory") for r in rows) == (layers if wanted == 1 else 0)
+
+
+def test_a_cache_with_tokens_in_it_is_read():
+    """As prefix tuning's: what is recomputed would not see them."""
+    ids = batch()["input_ids"]
+
+    def run(model):
+        with torch.no_grad():
+            cache = model.eval()(ids[:, :8], use_cache=True)[CACHE]
+        return float(model.train()(input_ids=ids[:, 8:], labels=ids[:, 8:], **{CACHE: cache}).loss)
+
+    model = fastlora.patch(lora(llama()), memory="lean")
+    assert run(model) == pytest.approx(run(lora(llama())), rel=1e-5)
+    assert row(model, "layers.0.memory").why == "a cache with tokens in it: nothing is recomputed"
+
+
+def test_position_ids_that_were_made_in_inference_mode():
+    with torch.inference_mode():
+        positions = torch.arange(13)[None]
+    step(fastlora.patch(lora(llama()), memory="lean"), position_ids=positions, use_cache=False)
+
+
+def test_models_of_different_depth_share_a_policy():
+    models = torch.nn.ModuleDict({"a": llama(num_hidden_layers=1), "b": llama(num_hidden_layers=3)})
+    fastlora.patch(models, memory="auto")
+    for model in (*models.values(), *models.values()):
+        step(model, use_cache=False)

@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 from torch.nn.modules import module as torch_hooks
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.models.llama import modeling_llama as hf
@@ -82,6 +83,7 @@ def test_a_replaced_function_runs(entry, when, monkeypatch):
         )
         with pytest.raises(fastlora.NotFused, match="was replaced by"):
             fastlora.patch(built(entry), strict=True)
+        calls.clear()
         expected = padded_step(plain)
         unpatched = len(calls)
         found = padded_step(model)
@@ -297,6 +299,78 @@ def test_flops_of_a_fused_step_are_those_of_an_unpatched_one():
     assert sum(patched.values()) == sum(unpatched.values()) > 0
 
 
+@pytest.mark.parametrize("part", ["mlp", "self_attn", "input_layernorm"])
+@pytest.mark.parametrize("how", ["its class's forward", "a subclass"])
+def test_the_class_of_a_patched_module(part, how, monkeypatch):
+    """Its class is ours, under transformers' name: whoever changes it means the module's forward."""
+
+    def run(model):
+        module = model.get_submodule(f"base_model.model.model.layers.0.{part}")
+        old = type(module).forward
+
+        def zero(self, *args, **kwargs):
+            out = old(self, *args, **kwargs)
+            return (0 * out[0], out[1]) if isinstance(out, tuple) else 0 * out
+
+        with monkeypatch.context() as patch:
+            if how == "a subclass":
+                module.__class__ = type(type(module).__name__, (type(module),), {"forward": zero})
+            else:
+                patch.setattr(type(module), "forward", zero)
+            return model(**batch()).loss.item()
+
+    model = fastlora.patch(lora(llama()))
+    assert run(model) == pytest.approx(run(lora(llama())), rel=1e-5)
+    assert "forward was replaced on its class" in row(model, "layers.0").why
+
+
+def test_a_function_mode_sees_every_function():
+    class Silent(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            return 0 * out if function is torch.nn.functional.silu else out
+
+    def run(model):
+        with Silent():
+            return model.train()(**batch()).loss.item()
+
+    model = fastlora.patch(lora(llama()))
+    assert run(model) == run(lora(llama()))
+    assert "Silent, a TorchFunctionMode, has to see every function" in row(model, "layers.0.mlp").why
+    with torch.device("cpu"):  # a mode of torch's own, which only places new tensors
+        step(fused := fastlora.patch(lora(llama())))
+    assert_fused(fused)
+
+
+def test_a_bias_of_lora_a():
+    def build(seed):
+        model = lora(llama(seed))
+        lora_a = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj.lora_A.default")
+        lora_a.bias = nn.Parameter(torch.ones(lora_a.out_features))
+        return model
+
+    assert row(judge(build, whole=False), "layers.0.mlp.up_proj").why == "lora_A has a bias"
+
+
+class Halved(torch.Tensor):
+    """Whose linear layers give half."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        out = super().__torch_function__(function, types, args, kwargs or {})
+        return out / 2 if function is torch.nn.functional.linear else out
+
+
+def test_a_subclass_of_tensor_decides_for_itself():
+    def run(model):
+        embeds = model.get_input_embeddings()(batch()["input_ids"]).detach().as_subclass(Halved)
+        return float(model.train()(inputs_embeds=embeds, labels=batch()["labels"], use_cache=False).loss)
+
+    model = fastlora.patch(lora(llama()))
+    assert run(model) == pytest.approx(run(lora(llama())), rel=1e-5)
+    assert row(model, "layers.0.self_attn.q_proj").why == "a tensor is a Halved"
+
+
 def test_a_learned_scaling_gets_its_gradient():
     def run(model, seed):
         scaling = torch.tensor(2.0, dtype=next(model.parameters()).dtype, requires_grad=True)
@@ -306,7 +380,7 @@ def test_a_learned_scaling_gets_its_gradient():
         return step(model, seed) | {"scaling": scaling.grad}
 
     model = judge(lambda seed: lora(llama(seed)), run, whole=False)
-    assert row(model, "layers.0.mlp.up_proj").why == "the scaling is a Tensor: PEFT's forward gives its gradient"
+    assert row(model, "layers.0.mlp.up_proj").why == "the scaling is a Tensor, not a number: PEFT's own forward runs"
 
 
 def test_torch_func():

@@ -59,7 +59,7 @@ def linear_cross_entropy(
         ignore_index: the label of rows that count nothing.
         reduction: "mean" over the counted rows, "sum", or "none" (a frozen weight only).
         num_items: where given, the sum of losses is divided by it instead, as Hugging Face does under gradient
-            accumulation; reduction must then be "mean".
+            accumulation; reduction must then be "mean". A tensor has one element, and the loss its shape.
 
     Returns:
         fp32: a scalar, or (...) for reduction "none". The mean over no rows is NaN. Saved for backward: one (M, H)
@@ -85,8 +85,11 @@ def linear_cross_entropy(
         raise ValueError(f"{op}: reduction is {reduction!r}, needs 'mean', 'sum' or 'none'")
     if num_items is not None and reduction != "mean":
         raise ValueError(f"{op}: num_items goes with reduction 'mean', got {reduction!r}")
+    shape: tuple[int, ...] = ()
     if isinstance(num_items, torch.Tensor):
-        _check.shape(op, "num_items", num_items, (), "a single number")
+        if num_items.numel() != 1:
+            raise ValueError(f"{op}: num_items has shape {tuple(num_items.shape)}, needs one element")
+        shape, num_items = tuple(num_items.shape), num_items.reshape(())
     if reduction == "none" and weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: weight requires a gradient, needs reduction 'mean' or 'sum', got 'none'")
     divisor = torch.ones((), dtype=torch.float32, device=hidden.device)
@@ -104,4 +107,4 @@ def linear_cross_entropy(
         return loss.view(labels.shape)
     if reduction == "mean" and num_items is None:
         loss = loss.masked_fill(counted == 0, float("nan"))
-    return loss
+    return loss.view(shape) if shape else loss

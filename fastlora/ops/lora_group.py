@@ -88,7 +88,9 @@ def apply_group(op, x, projections, norm_weight=None, residual=None, rotary=None
     """_LoraGroup on x (M, K), for the operator op."""
     dtype = product_dtype(x, projections)
     group = Group.of(projections, dtype)
-    cos, sin = rotary or (None, None)
+    cos, sin = (_check.widened(table, dtype) for table in rotary) if rotary else (None, None)
+    if residual is not None:
+        residual = residual.to(torch.promote_types(residual.dtype, dtype))
     linked = link(x) if norm_weight is None and group.hides(x) else None
     return _LoraGroup.apply(
         op, x, linked, norm_weight, residual, group.seeds(), cos, sin, eps, dtype, group.static(), *group.tensors()
@@ -116,11 +118,11 @@ def lora_group(
         projections: weights (N_i, K) of one dtype; adapters in that dtype or fp32, ranks from 1 to 512. A 4-bit weight
             is made dense for its own product, in forward and again in backward, one at a time; x may then have any
             dtype, and the products that of the weights.
-        norm_weight: (K,), the dtype of x or fp32.
+        norm_weight: (K,), fp32, bf16 or fp16, whatever x is.
         eps: of the norm.
-        residual: (..., N), added to the output of a single projection, in the residual's dtype.
-        rotary: cos and sin, (B, T, D) or (1, T, D), for x (B, T, K): the first two outputs, queries and keys, are
-            rotated as heads of D before they are stored, as ``rope`` does.
+        residual: (..., N), added to the output of a single projection, which takes the dtype of their sum.
+        rotary: cos and sin, (B, T, D) or (1, T, D), fp32, bf16 or fp16, for x (B, T, K): the first two outputs,
+            queries and keys, are rotated as heads of D before they are stored, as ``rope`` does.
 
     Returns:
         The y_i, (..., N_i). With norm_weight, x itself comes last: a residual connection that continues from there has
@@ -141,7 +143,7 @@ def lora_group(
     lead, K = x.shape[:-1], x.shape[-1]
     if norm_weight is not None:
         _check.shape(op, "norm_weight", norm_weight, (K,), "to match the last dimension of x")
-        _check.dtype(op, "norm_weight", norm_weight, (x.dtype, torch.float32), "to go with x")
+        _check.dtype(op, "norm_weight", norm_weight, _check.FLOATS)
         _check.same_device(op, "x", x, norm_weight=norm_weight)
     elif not torch.is_autocast_enabled(x.device.type) and not isinstance(projections[0].weight, Quantised):
         _check.dtype(op, "x", x, (projections[0].weight.dtype,), "to match the weights")
@@ -149,7 +151,7 @@ def lora_group(
     if rotary is not None:
         rotary = _check_rotary(op, x, projections, *rotary)
     rows = x.reshape(-1, K).contiguous()
-    norm = None if norm_weight is None else norm_weight.contiguous()
+    norm = None if norm_weight is None else _check.widened(norm_weight, x.dtype).contiguous()
     y = apply_group(op, rows, projections, norm, residual, rotary, eps)
     outputs = tuple(shaped(one, (*lead, one.shape[1])) for one in y[: len(projections)])
     return outputs if norm_weight is None else (*outputs, y[-1].view(x.shape))

@@ -43,7 +43,7 @@ class _LoraMLP(torch.autograd.Function):
         gate, up = first.gemm(n, s)
         h_masks = last.masks(gate, seeds[len(first.a) :])
         h, h_s = ops.swiglu_project(gate, up, last.a, last.a_scale, h_masks)
-        residual = None if norm_weight is None else x
+        residual = None if norm_weight is None else x.to(wide_dtype)
         (y,) = last.gemm(h, h_s, residual)
         need = wide.filled(ctx.needs_input_grad[9 : 9 + n_wide])
         # Without a norm dx asks for the parameters alone.
@@ -96,7 +96,7 @@ class _LoraMLP(torch.autograd.Function):
                 ds = ops.lora_project_t(dgate_up, first.b, first.b_scale)
             dn = first.gemm_t(dgate_up, ds, masks, wide_dtype) if need_input else None
             if norm_weight is not None:
-                back = through_norm(dn, x, norm_weight, eps, rstd, dout, need_norm, need, ds, first, masks)
+                back = through_norm(dn, x, norm_weight, eps, rstd, dout.to(x.dtype), need_norm, need, ds, first, masks)
             else:
                 da = ops.lora_reduce(ds, x, first.ranks(), masks) if any(need.a) else None
                 back = NormBackward(dn, None, da, x)
@@ -130,11 +130,11 @@ def lora_mlp(
         x: (..., K), fp32, bf16 or fp16.
         gate, up: weights (F, K); adapters in that dtype or fp32, ranks from 1 to 512.
         down: weight (N, F), N = K with norm_weight.
-        norm_weight: (K,), the dtype of x or fp32.
+        norm_weight: (K,), fp32, bf16 or fp16, whatever x is.
         eps: of the norm.
 
     Returns:
-        (..., N), in the dtype of x with norm_weight. Saved for backward: x, rstd, gate and up (..., F), and the s.
+        (..., N), with norm_weight in the dtype of the sum. Saved for backward: x, rstd, gate and up (..., F), the s.
 
     Raises:
         ValueError, TypeError: a wrong shape, rank, rate or device, or dtype, by the name of the argument.
@@ -151,10 +151,10 @@ def lora_mlp(
     _check.dtype(op, "down.weight", down.weight, (gate.weight.dtype,), "to match gate")
     if norm_weight is not None:
         _check.shape(op, "norm_weight", norm_weight, (K,), "to match the last dimension of x")
-        _check.dtype(op, "norm_weight", norm_weight, (x.dtype, torch.float32), "to go with x")
+        _check.dtype(op, "norm_weight", norm_weight, _check.FLOATS)
         _check.same_device(op, "x", x, norm_weight=norm_weight)
         _check.shape(op, "down.weight", down.weight, (K, F), "as (K, F), since x is added to the result")
-        norm_weight = norm_weight.contiguous()
+        norm_weight = _check.widened(norm_weight, x.dtype).contiguous()
     elif not torch.is_autocast_enabled(x.device.type) and not isinstance(gate.weight, Quantised):
         _check.dtype(op, "x", x, (gate.weight.dtype,), "to match the weights")
     dtype = product_dtype(x, [gate])

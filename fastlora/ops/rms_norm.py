@@ -34,11 +34,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
 
     Args:
         x: (..., H), fp32, bf16 or fp16.
-        weight: (H,), the dtype of x or fp32.
+        weight: (H,), fp32, bf16 or fp16, whatever x is.
         eps: added to the mean square.
 
     Returns:
-        (..., H) in the wider dtype of x and weight. Saved for backward: x and one fp32 number per row.
+        (..., H) in the dtype of weight · x, which of bf16 and fp16 is fp32. Saved for backward: x and one fp32 number
+        per row.
 
     Raises:
         ValueError, TypeError: a wrong shape or device, or dtype, by the name of the argument.
@@ -48,7 +49,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
     refuse("rms_norm")
     _check.dtype("rms_norm", "x", x, _check.FLOATS)
     _check.shape("rms_norm", "weight", weight, (x.shape[-1],), "to match the last dimension of x")
-    _check.dtype("rms_norm", "weight", weight, (x.dtype, torch.float32), "to go with x")
+    _check.dtype("rms_norm", "weight", weight, _check.FLOATS)
     _check.same_device("rms_norm", "x", x, weight=weight)
-    y = _RMSNorm.apply(x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous(), eps)
+    weight = _check.widened(weight, x.dtype).contiguous()
+    y = _RMSNorm.apply(x.reshape(-1, x.shape[-1]).contiguous(), weight, eps)
     return y.view(x.shape)

@@ -34,7 +34,7 @@ def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor)
     Args:
         q: (B, H, T, D), any strides, D even; fp32, bf16 or fp16.
         k: (B, H_kv, T, D), dtype of q.
-        cos, sin: (B, T, D) or (1, T, D), dtype of q or fp32. No gradient flows to them.
+        cos, sin: (B, T, D) or (1, T, D); fp32, bf16 or fp16, whatever q is. No gradient flows to them.
 
     Returns:
         Rotated q and k, in the strides of the inputs. Saved for backward: cos and sin.
@@ -55,8 +55,9 @@ def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor)
     for name, table in (("cos", cos), ("sin", sin)):
         rows = 1 if table.shape[:1] == (1,) else B
         _check.shape("rope", name, table, (rows, T, D), "or a first size of 1, to match q")
-        _check.dtype("rope", name, table, (q.dtype, torch.float32), "to go with q")
+        _check.dtype("rope", name, table, _check.FLOATS)
     _check.shape("rope", "sin", sin, tuple(cos.shape), "to match cos")
     _check.dtype("rope", "sin", sin, (cos.dtype,), "to match cos")
     _check.same_device("rope", "q", q, k=k, cos=cos, sin=sin)
-    return _RoPE.apply(_unit_stride(q), _unit_stride(k), cos.contiguous(), sin.contiguous())
+    cos, sin = (_check.widened(table, q.dtype).contiguous() for table in (cos, sin))
+    return _RoPE.apply(_unit_stride(q), _unit_stride(k), cos, sin)

@@ -128,7 +128,7 @@ class LlamaAttention(Fused, hf.LlamaAttention):
         cos, sin = position_embeddings
         caches = [kwargs.pop(name, None) for name in trust.CACHE_NAMES]
         cache = next((cache for cache in caches if cache is not None), None)
-        why = self._why_not_rope() or why_not_plain(cos, sin)
+        why = self._why_not_rope() or why_not_plain(cos, sin, x)
         self.count("", why)
         names = ("q_proj", "k_proj", "v_proj")
         q, k, v, *carried = lora.group(self, names, x, norm=norm, rotary=None if why else (cos, sin))
@@ -314,6 +314,8 @@ class LlamaForCausalLM(Fused, hf.LlamaForCausalLM):
         keep = kwargs.get("logits_to_keep", 0)
         if isinstance(keep, torch.Tensor) or keep != 0:
             return "logits_to_keep"
+        if why := why_not_plain(kwargs.get("inputs_embeds")):
+            return why
         items = kwargs.get("num_items_in_batch")
         if isinstance(items, torch.Tensor) and items.numel() != 1:
             return f"num_items_in_batch has {items.numel()} elements"

@@ -197,12 +197,10 @@ class _Check:
         if why_not := why_not_generate(self.model, self.causal):
             skipped.append(f"greedy tokens: {why_not}")
         sample = Sample(self.causal, self.batch, self.unfused, self.fused, not why_not)
-        sample.judge()
-        self.causal.train()
-        self.checks += [*idle, *sample.checks]
         self._layers(fast, plain)
+        sample.judge()
         return Verification(
-            tuple(self.checks),
+            (*idle, *sample.checks, *self.checks),
             unfused,
             fast.loss,
             plain.loss,

@@ -129,6 +129,24 @@ def test_calls_that_a_compiler_does_not_count_are_no_finding():
     assert found.fused == () and "a compiler traces some" in found.notes()
 
 
+def test_nothing_is_kept_for_a_backward_that_does_not_come(monkeypatch):
+    forward, losses = fast.LlamaForCausalLM.forward, []
+
+    def watched(self, *args, **kwargs):
+        outputs = forward(self, *args, **kwargs)
+        losses.append(outputs.loss)
+        return outputs
+
+    watched.__signature__ = forward.__signature__
+    monkeypatch.setattr(fast.LlamaForCausalLM, "forward", watched)
+    fastlora.verify(lora(llama()), batch())
+    losses = [loss for loss in losses if loss is not None and loss.requires_grad]
+    assert len(losses) >= 3, "the batch, and the sample for either reading"
+    for loss in losses:
+        with pytest.raises((RuntimeError, TypeError)):
+            loss.backward()
+
+
 @pytest.mark.parametrize("memory", ["fast", "lean"])
 def test_the_losses_are_the_whole_model_s(memory):
     """Bit for bit those of a training step."""

@@ -175,9 +175,7 @@ class LazyLogits(torch.Tensor):
         return self._plain().__dlpack__(**options)
 
     def __deepcopy__(self, memo: Any) -> Any:
-        if id(self) not in memo:
-            memo[id(self)] = copy.deepcopy(self._plain(), memo)
-        return memo[id(self)]
+        return copy.deepcopy(self._plain(), memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self._plain().__reduce_ex__(protocol)

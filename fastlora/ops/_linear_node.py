@@ -25,9 +25,9 @@ class _LinearNode(torch.autograd.Function):
         x, weight = ctx.factors
         need_dx, need_dw, *_ = ctx.needs_input_grad
         rows = dy.reshape(-1, dy.shape[-1])
-        dx = (rows @ weight.to(ctx.dtype)).view(x.shape).to(x.dtype) if need_dx else None
-        dw = (rows.t() @ x.reshape(-1, x.shape[-1]).to(ctx.dtype)).to(weight.dtype) if need_dw else None
-        return dx, dw, None, None, None
+        dx = (rows @ weight.to(ctx.dtype)).view(x.shape) if need_dx else None
+        dw = rows.t() @ x.reshape(-1, x.shape[-1]).to(ctx.dtype) if need_dw else None
+        return dx, dw, None, None, None  # autograd casts to the dtypes of x and weight
 
 
 def linear_node(

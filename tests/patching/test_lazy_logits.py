@@ -474,14 +474,15 @@ class Sink(torch.autograd.Function):
 
 
 class Outputs(TorchDispatchMode):
-    """Shapes of all tensors with memory that operators give."""
+    """What operators run, and the shapes of all tensors with memory that they give."""
 
     def __init__(self):
         super().__init__()
-        self.shapes = []
+        self.operators, self.shapes = [], []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
+        self.operators.append(function)
         self.shapes += [
             t.shape for t in tree_leaves(result) if isinstance(t, torch.Tensor) and type(t) is not LazyLogits
         ]
@@ -500,6 +501,17 @@ def test_no_memory_of_their_size(wrap):
         outputs.logits.detach() + 1
     size = 3 * 13 * 5000
     assert before > 50 and [i for i, shape in enumerate(step.shapes) if shape.numel() == size] == [before]
+
+
+@pytest.mark.parametrize("trained", ["hidden", "head"])
+def test_no_gradient_that_nobody_asks_for(trained):
+    """An output layer is frozen in LoRA; its gradient is the largest there is."""
+    head, hidden = nn.Linear(48, VOCAB, bias=False), torch.randn(3, 13, 48, requires_grad=trained == "hidden")
+    head.weight.requires_grad_(trained == "head")
+    loss = lazy_logits(head, hidden).sum()
+    with Outputs() as made:
+        loss.backward()
+    assert made.operators.count(torch.ops.aten.mm.default) == 1
 
 
 def test_hooks_on_saved_tensors_see_neither_hidden_states_nor_head():
@@ -670,6 +682,29 @@ def test_compiled_forward(compiled_outputs, computed):
     ):
         assert isinstance(found, torch.Tensor) and torch.equal(found, eager)
     assert len(computed) == 3  # for logits, the cast and eager
+    logits[..., 3] = -torch.inf
+    assert (logits[..., 3] == -torch.inf).all() and len(logits) == 3 and logits.device == eager.device
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_forward_in_other_dtypes():
+    """Of a model in bf16, read outside the graph; and inside, in a region of autocast that the model did not see."""
+
+    def forwards(dtype, inside):
+        model = fastlora.patch(llama(num_hidden_layers=1, dtype=dtype).train())
+
+        def forward(**inputs):
+            outputs = model(**inputs, use_cache=False)
+            with torch.autocast("cpu", torch.bfloat16):
+                return outputs.logits[...] if inside else outputs.logits.float()
+
+        torch.compiler.reset()
+        return forward(**batch()), torch.compile(forward, backend="aot_eager", fullgraph=True)(**batch())
+
+    eager, compiled = forwards(torch.bfloat16, False)
+    assert isinstance(compiled, TracedLogits) and torch.equal(compiled[:], eager) and compiled[:].dtype == torch.float32
+    eager, compiled = forwards(torch.float32, True)
+    assert eager.dtype == compiled.dtype == torch.float32
 
 
 @pytest.mark.filterwarnings("ignore")

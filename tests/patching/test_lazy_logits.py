@@ -687,6 +687,15 @@ def test_compiled_forward(compiled_outputs, computed):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_reads_of_a_compiled_forward(compiled_outputs):
+    model, outputs = compiled_outputs
+    expected = model(**batch(), use_cache=False).logits[...]
+    names = list(READS)[: list(READS).index("numpy by force")]
+    for name in names:
+        assert torch.equal(READS[name](outputs.logits), READS[name](expected)), name
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_compiled_forward_in_other_dtypes():
     """Of a model in bf16, read outside the graph; and inside, in a region of autocast that the model did not see."""
 

@@ -6,7 +6,7 @@ RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # A process per core; the tests of a file stay together, and share what it prepares.
 PYTEST := -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-cpu test-triton test-aten test-emulated test-compat test-asan check bench gpu gpu-more clean
+.PHONY: demo test test-cpu test-triton test-aten test-emulated test-compat test-newest test-asan check bench gpu gpu-more clean
 
 $(VENV)/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +50,28 @@ $(VENV)-compat/ready: pyproject.toml setup.py constraints.txt
 test-compat: $(VENV)-compat/ready
 	$(RUN) $(VENV)-compat/bin/python $(PYTEST) tests/patching
 
+# the patching and the trainers' tests on the newest of these that the registry serves, the rest as locked
+NEWEST := transformers peft trl accelerate
+$(VENV)-newest/ready: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/pip install -q -c constraints.txt torch setuptools wheel
+	grep -v $(NEWEST:%=-e '^%=') constraints.txt > $(VENV)-newest/constraints.txt
+	FASTLORA_BUILD_CSRC=0 $(VENV)-newest/bin/pip install -q -c $(VENV)-newest/constraints.txt --no-build-isolation \
+		-e '.[train,quant]' $(NEWEST) lightning pytest pytest-xdist
+	touch $@
+
+# The registry is asked every time: what was newest when the environment was made may not be so today. pip takes an older
+# one where the newest does not install beside the rest, and what is there where the registry is silent: both are said.
+test-newest: $(VENV)-newest/ready
+	$(VENV)-newest/bin/pip install -q --upgrade -c $(VENV)-newest/constraints.txt $(NEWEST)
+	@for package in $(NEWEST); do \
+		$(VENV)-newest/bin/pip index versions $$package 2>/dev/null | awk -v package=$$package \
+			'/INSTALLED:/ {here = $$2} /LATEST:/ {newest = $$2} END { \
+			if (!newest) {print package ": the registry does not answer"; exit 1} \
+			print package, here (here == newest ? "" : "; " newest " does not install beside the rest")}' || exit 1; \
+	done
+	$(RUN) $(VENV)-newest/bin/python $(PYTEST) tests/patching tests/trainers
+
 # the C++ kernels built with the address and undefined-behaviour sanitizers, in a copy: every operator's tests. A report
 # ends its process and goes to its stderr, which pytest must not capture.
 ASAN := build/asan
@@ -83,4 +105,4 @@ gpu-more:
 	$(RUN) $(PYTHON) -m bench gpu --more
 
 clean:
-	rm -rf $(VENV) $(VENV)-compat build dist *.egg-info fastlora/*.so
+	rm -rf $(VENV) $(VENV)-compat $(VENV)-newest build dist *.egg-info fastlora/*.so

@@ -11,6 +11,7 @@
     python -m bench compare A B           was B slower than A? exit status 1 if so
     python -m bench precompile            machine code for a GPU elsewhere, into Triton's cache
     python -m bench parity                a patched model against float64, dtype by dtype, and its greedy tokens
+    python -m bench trust                 what it costs per forward to see that nothing bypassed was replaced
     python -m bench gpu                   what one GPU must answer, in seven minutes; gpu --more: in five more
 
 Every command has --help of its own.
@@ -72,7 +73,10 @@ def _load(module: str):
     return run
 
 
-_MODULES = ("train_step", "saved_bytes", "launches", "tune", "report", "compare", "rows", "precompile", "parity", "gpu")
+_MODULES = (
+    *("train_step", "saved_bytes", "launches", "tune", "report", "compare", "rows", "precompile", "parity", "trust"),
+    "gpu",
+)
 _COMMANDS = {"ops": _ops} | {name: _load(name) for name in _MODULES}
 _COMMANDS["traffic"] = _COMMANDS["launches"]
 

@@ -148,6 +148,8 @@ def generated(model: nn.Module, prompt: _Prompt, use_cache: bool) -> torch.Tenso
 @torch.no_grad()
 def logits(model: nn.Module, prompt: _Prompt, cached: bool) -> torch.Tensor:
     """(rows, new tokens, vocabulary): what predicts every token after the prompt, the tokens being given."""
+    from fastlora.modules.trust import CACHE
+
     positions = (prompt.mask.cumsum(1) - 1).clamp(min=0)
     last = _PROMPT + _NEW - 1
     ends = [_PROMPT, *range(_PROMPT + 1, last + 1)] if cached else [last]
@@ -155,8 +157,8 @@ def logits(model: nn.Module, prompt: _Prompt, cached: bool) -> torch.Tensor:
     for end in ends:
         out = model(
             input_ids=prompt.tokens[:, start:end], attention_mask=prompt.mask[:, :end],
-            position_ids=positions[:, start:end], past_key_values=cache, use_cache=cached,
+            position_ids=positions[:, start:end], use_cache=cached, **{CACHE: cache},
         )  # fmt: skip
-        cache, start = out.past_key_values, end
+        cache, start = out.get(CACHE), end
         found.append(out.logits[:, -1:] if cached else out.logits[:, _PROMPT - 1 :])
     return torch.cat(found, 1)

@@ -16,6 +16,7 @@ from rich.markup import escape
 import fastlora
 from fastlora import ops
 
+from .._versions import KNOWN
 from ..kernels import _cache, _library, _rows, _tiles
 from ..patching.verification import AGAIN, CACHED, RUNS, TRAINING, UNCACHED
 from .errors import first_line
@@ -53,17 +54,16 @@ def _show(console: Console, finding: Finding) -> None:
         console.print(f"{'':{_INDENT}s}{line}", soft_wrap=True)
 
 
-_LEAST = {"torch": (2, 11), "triton": (3, 6), "transformers": (4, 57), "peft": (0, 18)}
-
-
 def _versions() -> Iterator[Finding]:
     for name, found in versions().items():
-        least = _LEAST.get(name)
+        known = KNOWN.get(name)
         if found is None:
-            needed = name in _LEAST and (name != "triton" or torch.cuda.is_available())
+            needed = known and (name != "triton" or torch.cuda.is_available())
             yield Finding(name, "not installed", f"pip install {name}" if needed else None)
-        elif least and tuple(int(part) for part in found.split(".")[:2]) < least:
-            yield Finding(name, found, f"pip install '{name}>={least[0]}.{least[1]}'")
+        elif known and known.too_old(found):
+            yield Finding(name, found, f"pip install '{name}>={known.oldest}'")
+        elif known and known.too_new(found):
+            yield Finding(name, f"{found}: newer than {known.newest}, the newest that was tested with this fastlora")
         else:
             yield Finding(name, found)
 

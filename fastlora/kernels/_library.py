@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from ._tiles import LaunchFailed, NothingLeft, give_up
 
@@ -109,15 +110,17 @@ def register(
     triton: Callable[..., Any],
     aten: Callable[..., Any],
     fake: Callable[..., Any],
+    flops: Callable[..., int] | None,
     cuda_graphs: bool = True,
 ) -> None:
-    """Define ``fastlora::<schema>`` with its Triton launcher, its ATen composition and its shape function.
+    """Define ``fastlora::<schema>`` with its Triton launcher, its ATen composition, its shape function and its FLOPs.
 
     Args:
         schema: PyTorch operator schema, such as ``"swiglu_fwd(Tensor gate, Tensor up) -> Tensor"``.
         triton: launcher for the CUDA key (and the CPU key under the Triton interpreter).
         aten: composition for the CPU key where csrc has no kernel of that name.
         fake: returns empty outputs of the right shapes, dtypes and strides, for tracing.
+        flops: counts its matrix products, a formula of ``_flops``; None where it makes none.
         cuda_graphs: whether a CUDA graph may hold it: False where it waits for the device or draws on the host.
     """
     tags = [torch.Tag.needs_fixed_stride_order, *([] if cuda_graphs else [torch.Tag.cudagraph_unsafe])]
@@ -131,6 +134,8 @@ def register(
     elif not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastlora::{name}", "CPU"):
         _library.impl(name, aten, "CPU")
     torch.library.register_fake(f"fastlora::{name}", fake, lib=_library)
+    if flops is not None:
+        register_flop_formula(getattr(torch.ops.fastlora, name))(flops)
 
 
 def runs_on_cpu(name: str) -> str:

@@ -85,4 +85,5 @@ register(
     triton=dequantize_4bit,
     aten=_aten,
     fake=_fake,
+    flops=None,
 )

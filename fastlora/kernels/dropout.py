@@ -88,6 +88,7 @@ register(
     triton=dropout_mask,
     aten=_mask_aten,
     fake=lambda like, seed, p: like.new_empty(like.shape[0], cdiv(like.shape[1], 8), dtype=torch.uint8),
+    flops=None,
     cuda_graphs=False,
 )
 # Inside the fused kernels masks are read by keep(); this serves where a library's GEMM does the product.
@@ -96,4 +97,5 @@ register(
     triton=_apply_aten,
     aten=_apply_aten,
     fake=lambda x, mask: torch.empty_like(x),
+    flops=None,
 )

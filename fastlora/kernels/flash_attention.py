@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import flash_attention_cpu
+from . import _flops, flash_attention_cpu
 from ._library import register
 from ._tiles import Choice, choose
 from ._tl import cdiv, dot_precision, launch, next_power_of_2, require_no_capture
@@ -151,6 +151,7 @@ register(
     triton=flash_attention_fwd,
     aten=flash_attention_cpu.fwd,
     fake=lambda q, *rest: (_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)),
+    flops=_flops.attention,
 )
 register(
     "flash_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? key_padding_mask,"
@@ -159,4 +160,5 @@ register(
     triton=flash_attention_bwd,
     aten=flash_attention_cpu.bwd,
     fake=lambda dout, q, k, v, *rest: (_like(q), _like(k), _like(v)),
+    flops=_flops.attention_bwd,
 )

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import _library
+from . import _flops, _library
 from ._library import register
 
 BLOCK = 128
@@ -193,6 +193,7 @@ register(
     triton=slabs_fwd,
     aten=slabs_fwd,
     fake=lambda q, *rest: (_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)),
+    flops=_flops.attention,
 )
 register(
     "fused_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? real,"
@@ -200,6 +201,7 @@ register(
     triton=slabs_bwd,
     aten=slabs_bwd,
     fake=lambda dout, q, k, v, *rest: (_like(q), _like(k), _like(v)),
+    flops=_flops.attention_bwd,
 )
 
 
@@ -232,6 +234,7 @@ register(
     triton=_softmax_aten,
     aten=_softmax_aten,
     fake=lambda scores, first, last, bias, scale: scores.new_empty(scores.shape[:2], dtype=torch.float32),
+    flops=None,
 )
 
 
@@ -244,6 +247,7 @@ register(
     triton=_accumulate_aten,
     aten=_accumulate_aten,
     fake=lambda total, parts: None,
+    flops=None,
 )
 register(
     "attention_softmax_bwd(Tensor(a!) scores, Tensor(b!) dp, Tensor first, Tensor last, Tensor? bias, float scale)"
@@ -251,4 +255,5 @@ register(
     triton=_softmax_bwd_aten,
     aten=_softmax_bwd_aten,
     fake=lambda scores, dp, first, last, bias, scale: None,
+    flops=None,
 )

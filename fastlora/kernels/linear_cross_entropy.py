@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from . import _flops
 from ._library import register
 from ._tiles import choose
 from ._tl import launch, next_power_of_2, tl, triton
@@ -134,6 +135,7 @@ register(
     triton=cross_entropy_rows,
     aten=_rows_aten,
     fake=lambda logits, labels, scale, need_grad: logits.new_empty(logits.shape[0], dtype=torch.float32),
+    flops=None,
 )
 register(
     "linear_cross_entropy_fwd(Tensor hidden, Tensor weight, Tensor labels, Tensor scale, int ignore_index,"
@@ -141,5 +143,6 @@ register(
     triton=linear_cross_entropy_fwd,
     aten=linear_cross_entropy_fwd,
     fake=_fwd_fake,
+    flops=_flops.linear_cross_entropy,
     cuda_graphs=False,
 )

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
+from . import _flops
 from . import rope as _rope  # noqa: F401  registers the operator
 from ._library import register
 from ._tiles import choose
@@ -209,10 +210,15 @@ def lora_gemm(
     return y if D else _finish(y, None, cos, sin)
 
 
-def lora_gemm_t(dy: Tensors, w: Tensors, ds: torch.Tensor, a: Tensors, masks: Optionals) -> torch.Tensor:
-    """dx (M, K) = Σ_i dy_i (M, N_i) W_i + Σ_g mask_g ∘ (ds_g (M, R_g) A_g), accumulated in fp32."""
+def lora_gemm_t(
+    dy: Tensors, w: Tensors, ds: torch.Tensor, a: Tensors, masks: Optionals, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """dx (M, K) = Σ_i dy_i (M, N_i) W_i + Σ_g mask_g ∘ (ds_g (M, R_g) A_g), accumulated in fp32; dtype: dy's, or wider.
+
+    Where a library makes the products one after the other, dtype is what they are added in.
+    """
     if not a:
-        return _gemm_t_aten(dy, w, ds, a, masks)
+        return _gemm_t_aten(dy, w, ds, a, masks, dtype)
     M, K = dy[0].shape[0], w[0].shape[1]
     N = tuple(one.shape[1] for one in dy)
     ranks = tuple(one.shape[0] for one in a)
@@ -220,8 +226,8 @@ def lora_gemm_t(dy: Tensors, w: Tensors, ds: torch.Tensor, a: Tensors, masks: Op
     kernel = "lora_gemm_t_dropout" if any(masked) else "lora_gemm_t"
     choice = choose(kernel, dy[0], m=M, n=K, k=sum(N), r=sum(ranks), p=len(N))
     if choice.method != "triton":
-        return _gemm_t_aten(dy, w, ds, a, masks)
-    dx = dy[0].new_empty(M, K)
+        return _gemm_t_aten(dy, w, ds, a, masks, dtype)
+    dx = dy[0].new_empty(M, K, dtype=dtype)
     t = choice.tile
     launch(
         _lora_gemm_t_kernel,
@@ -232,7 +238,7 @@ def lora_gemm_t(dy: Tensors, w: Tensors, ds: torch.Tensor, a: Tensors, masks: Op
         R=sum(ranks),
         MASKED=masked,
         EVEN_N=all(n % t.k == 0 for n in N),
-        PRECISION=dot_precision(dx.dtype),
+        PRECISION=dot_precision(ds.dtype),
         BLOCK_M=t.m,
         BLOCK_N=t.n,
         BLOCK_K=t.k,
@@ -273,15 +279,15 @@ def _gemm_augmented(x, w, s, b, bias, residual, cos, sin):
     return _finish(y, residual, cos, sin)
 
 
-def _gemm_t_aten(dy, w, ds, a, masks):
-    dx = dy[0] @ w[0]
-    for dyi, wi in zip(dy[1:], w[1:], strict=True):
-        dx.addmm_(dyi, wi)
-    for dsg, ag, mask in zip(_columns(ds, [one.shape[0] for one in a]), a, masks, strict=True):
-        if mask is None:
-            dx.addmm_(dsg, ag.to(dx.dtype))
+def _gemm_t_aten(dy, w, ds, a, masks, dtype=None):
+    dx = (dy[0] @ w[0]).to(dtype)
+    low = zip(_columns(ds, [one.shape[0] for one in a]), a, masks, strict=True)
+    rest = [(dyi, wi, None) for dyi, wi in zip(dy[1:], w[1:], strict=True)]
+    for left, right, mask in (*rest, *low):
+        if mask is None and dx.dtype == left.dtype:
+            dx.addmm_(left, right.to(left.dtype))
         else:
-            dx += apply_mask(dsg @ ag.to(dx.dtype), mask)
+            dx += apply_mask(left @ right.to(left.dtype), mask)
     return dx
 
 
@@ -296,10 +302,12 @@ register(
     triton=lora_gemm,
     aten=_gemm_aten,
     fake=_gemm_fake,
+    flops=_flops.lora_gemm,
 )
 register(
-    "lora_gemm_t(Tensor[] dy, Tensor[] w, Tensor ds, Tensor[] a, Tensor?[] masks) -> Tensor",
+    "lora_gemm_t(Tensor[] dy, Tensor[] w, Tensor ds, Tensor[] a, Tensor?[] masks, ScalarType? dtype=None) -> Tensor",
     triton=lora_gemm_t,
     aten=_gemm_t_aten,
-    fake=lambda dy, w, ds, a, masks: dy[0].new_empty(dy[0].shape[0], w[0].shape[1]),
+    fake=lambda dy, w, ds, a, masks, dtype=None: dy[0].new_empty(dy[0].shape[0], w[0].shape[1], dtype=dtype),
+    flops=_flops.lora_gemm_t,
 )

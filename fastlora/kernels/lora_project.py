@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from . import _flops
 from ._library import register
 from ._tiles import choose
 from ._tl import cdiv, dot_precision, launch, next_power_of_2, normalised, silu_mul, tl, triton
@@ -249,6 +250,7 @@ register(
     triton=lora_project,
     aten=_project_aten,
     fake=lambda x, a, scale, masks: x.new_empty(x.shape[0], _rank(a, 0)),
+    flops=_flops.lora_project,
 )
 register(
     "rms_norm_project(Tensor x, Tensor weight, float eps, Tensor[] a, float[] scale, Tensor?[] masks, ScalarType dtype)"
@@ -256,16 +258,19 @@ register(
     triton=rms_norm_project,
     aten=_rms_norm_project_aten,
     fake=_rms_norm_project_fake,
+    flops=_flops.rms_norm_project,
 )
 register(
     "swiglu_project(Tensor gate, Tensor up, Tensor[] a, float[] scale, Tensor?[] masks) -> (Tensor, Tensor)",
     triton=swiglu_project,
     aten=_swiglu_project_aten,
     fake=_swiglu_project_fake,
+    flops=_flops.swiglu_project,
 )
 register(
     "lora_project_t(Tensor[] dy, Tensor[] b, float[] scale) -> Tensor",
     triton=lora_project_t,
     aten=_project_t_aten,
     fake=lambda dy, b, scale: dy[0].new_empty(dy[0].shape[0], _rank(b, 1)),
+    flops=_flops.lora_project_t,
 )

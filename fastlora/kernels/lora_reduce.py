@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from . import _flops
 from ._library import register
 from ._tiles import choose
 from ._tl import cdiv, dot_precision, launch, normalised, tl, triton
@@ -231,12 +232,14 @@ register(
     triton=lora_reduce,
     aten=_reduce_aten,
     fake=lambda ds, x, ranks, masks: x.new_empty(ds.shape[1] * x.shape[1], dtype=torch.float32),
+    flops=_flops.lora_reduce,
 )
 register(
     "lora_reduce_t(Tensor s, Tensor[] dy, SymInt[] ranks) -> Tensor",
     triton=lora_reduce_t,
     aten=_reduce_t_aten,
     fake=_reduce_t_fake,
+    flops=_flops.lora_reduce_t,
 )
 register(
     "rms_norm_bwd_reduce(Tensor dn, Tensor x, Tensor weight, Tensor rstd, Tensor? dresidual, bool need_dw, Tensor ds,"
@@ -244,10 +247,12 @@ register(
     triton=rms_norm_bwd_reduce,
     aten=_rms_norm_bwd_reduce_aten,
     fake=_rms_norm_bwd_reduce_fake,
+    flops=_flops.rms_norm_bwd_reduce,
 )
 register(
     "tall_product(Tensor narrow, Tensor wide, Tensor? mask) -> Tensor",
     triton=_tall_product,
     aten=_tall_product,
     fake=lambda narrow, wide, mask: narrow.new_empty(narrow.shape[1], wide.shape[1]),
+    flops=_flops.lora_reduce,
 )

@@ -128,6 +128,7 @@ register(
     triton=rms_norm_fwd,
     aten=_fwd_aten,
     fake=_fwd_fake,
+    flops=None,
 )
 register(
     "rms_norm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor rstd, Tensor? dresidual, bool need_dw, bool need_n)"
@@ -135,4 +136,5 @@ register(
     triton=rms_norm_bwd,
     aten=_bwd_aten,
     fake=_bwd_fake,
+    flops=None,
 )

@@ -94,4 +94,5 @@ register(
     triton=rope,
     aten=_aten,
     fake=_fake,
+    flops=None,
 )

@@ -72,10 +72,12 @@ register(
     triton=swiglu_fwd,
     aten=_fwd_aten,
     fake=lambda gate, up: torch.empty_like(gate),
+    flops=None,
 )
 register(
     "swiglu_bwd(Tensor dh, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     triton=swiglu_bwd,
     aten=_bwd_aten,
     fake=lambda dh, gate, up: (torch.empty_like(gate), torch.empty_like(up)),
+    flops=None,
 )

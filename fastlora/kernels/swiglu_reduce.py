@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from . import _flops
 from ._library import register
 from ._tiles import choose
 from ._tl import cdiv, dot_precision, launch, silu_mul, tl, triton
@@ -145,4 +146,5 @@ register(
     triton=swiglu_bwd_reduce,
     aten=_aten,
     fake=_fake,
+    flops=_flops.swiglu_bwd_reduce,
 )

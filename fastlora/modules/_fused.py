@@ -28,12 +28,14 @@ class Part(NamedTuple):
 class State:
     """What patch() leaves on a module: the chosen ops, and how often each part was fused or passed through.
 
-    The memory policy is one object for all modules of a model.
+    The memory policy is one object for all modules of a model. place: the index of a layer among its neighbors, and
+    how many they are.
     """
 
     def __init__(self, ops: frozenset[str], memory: Memory) -> None:
         self.ops = ops
         self.memory = memory
+        self.place = 0, 1
         self.calls: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
 
@@ -47,6 +49,7 @@ class Fused:
 
     _fastlora: State
     _fastlora_class: tuple[str, str]
+    _fastlora_forward: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -55,6 +58,7 @@ class Fused:
         original: Any = cls.__bases__[-1]
         cls._fastlora_class = (cls.__module__, cls.__qualname__)
         cls.__module__, cls.__qualname__, cls.__doc__ = original.__module__, original.__qualname__, original.__doc__
+        cls._fastlora_forward = vars(cls)["forward"]
         # Trainer and generate read off forward's signature which columns and which arguments a model takes.
         vars(cls)["forward"].__signature__ = inspect.signature(original.forward)
 
@@ -150,6 +154,15 @@ def instance_forward(module: nn.Module) -> Any:
     return None if getattr(forward, "__func__", None) is type(module).forward else forward
 
 
+def changes_arguments(module: nn.Module) -> str | None:
+    """The owner of a hook that may change the keyword arguments of a module's forward; None where there is none."""
+    for key in module._forward_pre_hooks_with_kwargs:
+        owner = getattr(module._forward_pre_hooks[key], "__module__", None) or "an unknown module"
+        if not owner.startswith(("torch.distributed.fsdp.", "torch.distributed._composable.", "fastlora.")):
+            return owner
+    return None
+
+
 def why_not_called(module: Any) -> str | None:
     """Why the forward of a submodule may not be bypassed: something of the user's is attached to its call."""
     kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
@@ -159,4 +172,7 @@ def why_not_called(module: Any) -> str | None:
         return f"hooks on the {type(module).__name__}{zero}"
     if instance_forward(module):
         return f"the {type(module).__name__}'s forward was replaced on the instance"
+    cls: Any = type(module)
+    if isinstance(module, Fused) and cls.forward is not cls._fastlora_forward:
+        return f"the {cls.__name__}'s forward was replaced on its class"
     return None

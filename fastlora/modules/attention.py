@@ -11,15 +11,20 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama import modeling_llama as hf
 
 from .. import ops
 from ..kernels import _library, _tiles
-from . import flash_attn
-from ._fused import Fused, instance_forward, original_class, why_not_plain
+from . import flash_attn, trust
+from ._fused import Fused, changes_arguments, instance_forward, original_class, why_not_plain
 
 OURS, SDPA = "fastlora", "sdpa"
+# Arguments that transformers' SDPA does not read, or that the Mask stands for. Any other may change the attention.
+_INERT = {
+    *("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
+    *("use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict"),
+    *("shift_labels", "num_items_in_batch", "ignore_index"),
+}
 KINDS = ("plain", "padded", "packed")
 
 
@@ -78,9 +83,30 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
     return ", ".join(f"{names.get(name, name)} ({', '.join(kinds)})" for name, kinds in chosen.items())
 
 
+def why_not(module: Any) -> str | None:
+    """Why what transformers would run attends in a LlamaAttention, and no choice of ours; None where ours does."""
+    if why := trust.why_not("sdpa"):
+        return why
+    if not getattr(module.config, "is_causal", True):
+        return "config.is_causal is False: fastlora's attention is causal"
+    if not getattr(module, "is_causal", True):
+        return "is_causal of the module is False: fastlora's attention is causal"
+    if owner := changes_arguments(module):
+        return f"a hook of {owner} may change its arguments, as context parallelism does"
+    return None
+
+
+def why_not_arguments(kwargs: dict[str, Any]) -> str | None:
+    """Why these arguments of a forward are left to transformers' attention; None where they mean nothing to it."""
+    unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in _INERT)
+    return f"the argument {unknown[0]}, which is passed on to transformers' attention" if unknown else None
+
+
 def _masks(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether masks are ours to make: not over a cache, nor where any layer would not understand them."""
-    if len(args) > 1 or kwargs.get("past_key_values") is not None or model.config._attn_implementation != SDPA:
+    rest = {name: value for name, value in kwargs.items() if name not in trust.MODEL_ARGUMENTS}
+    cached = any(kwargs.get(name) is not None for name in trust.CACHE_NAMES)
+    if len(args) > 1 or cached or model.config._attn_implementation != SDPA or why_not_arguments(rest):
         return False
     for layer in model.layers:
         attention = layer.self_attn
@@ -88,7 +114,9 @@ def _masks(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
             return False
         if not isinstance(attention, Fused) or "flash_attention" not in attention._fastlora.ops:
             return False
-    return True
+        if changes_arguments(layer) or why_not(attention):
+            return False
+    return trust.why_not("layer", "attention") is None
 
 
 def mask_arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +135,8 @@ def mask_arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if padding is not None:
         if padding.shape != (B, T):
             return {}
-        padding = padding.to(x.device, torch.bool)
+        # A copy: backward reads it, and the caller may fill the same buffer for the next batch before that.
+        padding = padding.to(x.device, torch.bool, copy=True)
         hides = torch.compiler.is_compiling() or not padding.all()
         mask = Mask(padding=padding if hides else None)
     elif position_ids is not None:
@@ -139,18 +168,23 @@ def attend(
     attention_mask: torch.Tensor | None,
     mask: Mask | None,
     decoding: bool,
-    scaling: float,
-    dropout: float,
-) -> tuple[torch.Tensor, None]:
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """query (B, H, T, D), key and value (B, H_kv, T_kv, D), and the Mask that LlamaModel made or transformers' own.
 
-    decoding: over a cache in inference, where that is as it should be.
-    Returns (B, T, H, D) and no weights.
+    decoding: over a cache in inference, where that is as it should be. kwargs: what transformers' attention takes,
+    scaling and dropout among them, and all else that the layer was given.
+    Returns (B, T, H, D), and weights where the implementation gives them.
     """
     if mask is None:
-        if attention_mask is not None and not decoding and _chosen("padded", query) != SDPA:
-            module.count("attention", "a mask of the caller's own, or a layer that is not fused: SDPA")
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
+        rest = {name: value for name, value in kwargs.items() if name not in ("dropout", "scaling")}
+        why = why_not(module) or why_not_arguments(rest)
+        if not why and attention_mask is not None and not decoding and _chosen("padded", query) != SDPA:
+            why = "a mask of the caller's own, or a layer that is not fused: SDPA"
+        if why:
+            module.count("attention", why)
+        return transformers_attention(module, query, key, value, attention_mask, **kwargs)
+    scaling, dropout = kwargs["scaling"], kwargs["dropout"]
     _, H, T, D = query.shape
     name = _chosen(mask.kind, query, m=T, n=H * D, k=D, p=H // key.shape[1])
     why = _why_not(name, query, key, mask, dropout)
@@ -174,7 +208,17 @@ def attend(
     if name in flash_attn.PACKAGES:
         return flash_attn.attend(name, query, key, value, mask.sequences, scaling, dropout), None
     full = _full(query, mask)
-    return sdpa_attention_forward(module, query, key, value, full, dropout=dropout, scaling=scaling)
+    return transformers_attention(module, query, key, value, full, dropout=dropout, scaling=scaling)
+
+
+def transformers_attention(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the config names, looked up as transformers does: whatever is registered there is called."""
+    name = module.config._attn_implementation
+    if hasattr(hf.ALL_ATTENTION_FUNCTIONS, "get_interface"):
+        attend = hf.ALL_ATTENTION_FUNCTIONS.get_interface(name, hf.eager_attention_forward)
+    else:
+        attend = hf.eager_attention_forward if name == "eager" else hf.ALL_ATTENTION_FUNCTIONS[name]
+    return attend(module, *args, **kwargs)
 
 
 def _why_not(name: str, query: torch.Tensor, key: torch.Tensor, mask: Mask, dropout: float) -> str | None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import ops
 from ..ops import Branch, Projection, Quantised
-from . import quantised
+from . import quantised, trust
 from ._fused import Fused, Part, why_not_called, why_not_plain
 
 
@@ -41,6 +41,8 @@ def _active(projection: Any) -> list[str]:
 
 def _read(projection: Any, dtype: torch.dtype | None = None) -> Read | str:
     """What a projection computes now, on an x of this dtype, or why it is left to its own forward."""
+    if why := trust.why_not("projection"):
+        return why
     adapted = isinstance(projection, peft_lora.LoraLayer)
     base: Any = projection.base_layer if adapted else projection
     if why := quantised.why_8bit(base):
@@ -51,7 +53,7 @@ def _read(projection: Any, dtype: torch.dtype | None = None) -> Read | str:
         kind = type(base).__name__
         return f"the base layer is a {kind}" if adapted else f"{kind} is neither a torch Linear nor a peft lora.Linear"
     for module in {projection, base}:
-        if why := why_not_called(module):
+        if why := why_not_called(module) or quantised.why_replaced(module):
             return why
     weight, over = base.weight, ""
     if quantised.is_4bit(base):
@@ -81,7 +83,11 @@ def _read(projection: Any, dtype: torch.dtype | None = None) -> Read | str:
             return f"lora_dropout is a {type(dropout).__name__}"
         if why := why_not_plain(lora_a.weight, lora_b.weight, lora_b.bias):
             return why
+        if lora_a.bias is not None:
+            return "lora_A has a bias"
         scaling = projection.scaling[name]
+        if not isinstance(scaling, (int, float)):
+            return f"the scaling is a {type(scaling).__name__}, not a number: PEFT's own forward runs"
         rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         if variant := projection.lora_variant.get(name):
             if not isinstance(variant, DoraLinearVariant):
@@ -90,7 +96,10 @@ def _read(projection: Any, dtype: torch.dtype | None = None) -> Read | str:
                 return "DoRA over a 4-bit weight"
             if rate or len(active) > 1:
                 return "DoRA with dropout" if rate else "DoRA among several adapters"
-            magnitude = projection.lora_magnitude_vector[name].weight
+            vector = projection.lora_magnitude_vector[name]
+            if why := trust.why_not("dora") or why_not_called(vector):
+                return why
+            magnitude = vector.weight
         if lora_b.bias is not None:
             bias = lora_b.bias * scaling if bias is None else bias + lora_b.bias * scaling
         branches.append(Branch(lora_a.weight, lora_b.weight, scaling, rate))
@@ -101,6 +110,8 @@ def _read(projection: Any, dtype: torch.dtype | None = None) -> Read | str:
 
 def _why_not_dtype(dtype: torch.dtype, x: torch.Tensor, read: Read) -> str | None:
     """Why x, come to this dtype, does not fit the projection; None where it does, or autocast makes it."""
+    if why := why_not_plain(x):
+        return why
     weight, device = read.projection.weight, x.device
     if weight.device != device:
         return f"weight on {weight.device}, x on {device}"
@@ -116,14 +127,41 @@ def _why_not_dtype(dtype: torch.dtype, x: torch.Tensor, read: Read) -> str | Non
     return None
 
 
-def part(owner: Fused, name: str) -> Part:
-    """The line of explain for the projection ``owner.name``."""
+def part(owner: Fused, name: str, why: str | None = None) -> Part:
+    """The line of explain for the projection ``owner.name``; why: the owner's reason to leave all of it alone."""
     projection = getattr(owner, name)
     kind = f"{type(projection).__module__.split('.')[0]} {type(projection).__name__}"
+    if why:
+        return Part(name, kind, why)
     if "lora_linear" not in owner._fastlora.ops:
         return Part(name, kind, "lora_linear is not among the chosen ops")
     read = _read(projection)
     return Part(name, kind, read) if isinstance(read, str) else Part(name, read.runs, None)
+
+
+def _projections(layer: Any) -> list[Any]:
+    inside = (*layer.self_attn.children(), *layer.mlp.children())
+    return [module for module in inside if isinstance(module, peft_lora.LoraLayer)]
+
+
+def why_only_once(layer: Any) -> str | None:
+    """Why a layer's forward cannot be run again in backward; None where it can."""
+    for projection in _projections(layer):
+        for variant in projection.lora_variant.values():
+            if not isinstance(variant, DoraLinearVariant):
+                return f"{type(variant).__name__}, which may depend on the call of the model: nothing is recomputed"
+    return None
+
+
+def state(layer: Any) -> list[Any]:
+    """What the adapters of a layer compute with beside their weights: a second forward has to find the same."""
+    return [
+        (
+            _base_only(projection),
+            *((n, projection.scaling[n], projection.lora_dropout[n].training) for n in _active(projection)),
+        )
+        for projection in _projections(layer)
+    ]
 
 
 def adapters(owner: Any, names: Sequence[str]) -> list[tuple[str, int, float]] | None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from ..planning import policies
 from ..planning.activations import KEEP, LAYER, MLP, Adapters, recomputed_flops
-from ..planning.shapes import Shape, shape_of
+from ..planning.shapes import shape_of
 from ..planning.step import step_bytes
+from . import trust
 
 WORDS = {
     KEEP: "keeps all it needs for backward",
@@ -56,7 +59,7 @@ class Memory:
         self.fused_loss = False
         self._budget = 0.0
         self._largest = 0
-        self._decided: dict[tuple[int, bool], tuple[str, ...]] = {}
+        self._decided: dict[tuple[int, bool, int], tuple[str, ...]] = {}
 
     def policy(self, layer: Any, x: torch.Tensor) -> str:
         """What becomes of this layer in the forward that runs now."""
@@ -72,17 +75,19 @@ class Memory:
         if tokens > self._largest:
             self._measure(layer, x.device)
             self._largest = tokens
-        key = tokens, self.fused_loss
+        place, layers = layer._fastlora.place
+        key = tokens, self.fused_loss, layers
         if key not in self._decided:
             self._decided[key] = self._decide(layer, x, tokens)
-        return self._decided[key][layer.self_attn.layer_idx]
+        return self._decided[key][place]
 
     def last(self, layer: Any) -> str | None:
         """What was decided for this layer at the largest batch so far; None before there was one."""
         if isinstance(self.wanted, str) and self.wanted != "auto":
             return {"fast": KEEP, "lean": LAYER}[self.wanted]
-        known = [key for key in self._decided if key[0] == self._largest]
-        return self._decided[known[-1]][layer.self_attn.layer_idx] if known else None
+        place, layers = layer._fastlora.place
+        known = [key for key in self._decided if (key[0], key[2]) == (self._largest, layers)]
+        return self._decided[known[-1]][place] if known else None
 
     def _measure(self, layer: Any, device: torch.device) -> None:
         self._decided.clear()
@@ -93,10 +98,11 @@ class Memory:
         trained = [p for p in layer.parameters() if p.requires_grad]
         gradients = sum(p.numel() * p.element_size() for p in trained if p.grad is None)
         moments = 0 if self._largest else 8 * sum(p.numel() for p in trained)
-        self._budget = free_bytes(device) - layer.self_attn.config.num_hidden_layers * (gradients + moments)
+        self._budget = free_bytes(device) - layer._fastlora.place[1] * (gradients + moments)
 
     def _decide(self, layer: Any, x: torch.Tensor, tokens: int) -> tuple[str, ...]:
-        shape: Shape = shape_of(layer.self_attn.config)
+        # As many layers as there are: the config does not know of pruned or replicated ones.
+        shape = replace(shape_of(layer.self_attn.config), layers=layer._fastlora.place[1])
         if _gathers_inside(layer):
             logging.getLogger("fastlora").warning(
                 "memory=%r: hooks inside the layers may exchange weights with other processes whenever they run, so"
@@ -180,8 +186,41 @@ def _machine() -> tuple[int, int]:
         return total, total // 2
 
 
-def checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """torch's checkpointing, by which dropout masks and autocast are replayed."""
+def checkpoint(layer: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+    """torch's checkpointing of a part of a layer, by which dropout masks and autocast are replayed.
+
+    Raises:
+        RuntimeError: in backward, where what the second forward depends on is no longer what it was in the first.
+    """
     from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-    return torch_checkpoint(function, *args, use_reentrant=False, **kwargs)
+    before = _state(layer, args, kwargs)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if _state(layer, args, kwargs) != before:
+            raise RuntimeError(
+                "fastlora recomputes this layer in backward, as memory= asks, and its mode, hooks, adapters or weights,"
+                " or a tensor it was given, have changed since the forward. Run backward before changing them, or patch"
+                ' with memory="fast"'
+            )
+        return function(*args, **kwargs)
+
+    return torch_checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+
+def _state(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """What a second forward has to find as the first one did; of tensors the number of writes so far."""
+    if torch.compiler.is_compiling():
+        return ()
+    read = {name: value for name, value in kwargs.items() if name != "position_ids"}
+    tensors = [value for value in tree_leaves((args, read)) if isinstance(value, torch.Tensor)]
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):  # engines gather weights anew
+        tensors += [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    versions = [None if tensor.is_inference() else tensor._version for tensor in tensors]
+    hooks = [(*module._forward_pre_hooks, *_lasting(module._forward_hooks)) for module in layer.modules()]
+    return layer.training, layer.state(), versions, hooks, trust.reasons()
+
+
+def _lasting(hooks: dict[int, Any]) -> list[int]:
+    """Without those by which transformers collects outputs, which stay once they were wanted."""
+    return [key for key, hook in hooks.items() if not hook.__module__.startswith("transformers.")]

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..ops import Quantised, quantised
 from ..ops.dequantize_4bit import why_not_4bit
+from . import trust
 
 _PACKAGE = "bitsandbytes.nn.modules"
 # On a GPU bitsandbytes has a kernel for this many rows and fewer that never writes the dense weight.
@@ -27,6 +28,11 @@ def is_4bit(base: Any) -> bool:
 def is_peft_4bit(projection: Any) -> bool:
     """A peft LoRA layer over a 4-bit base; its module is imported only where bitsandbytes is."""
     return type(projection).__module__ == "peft.tuners.lora.bnb" and type(projection).__name__ == "Linear4bit"
+
+
+def why_replaced(module: Any) -> str | None:
+    """Why the forward of a bitsandbytes layer, or of PEFT's layer over one, is not ours to bypass."""
+    return trust.why_not_class(type(module)) if is_4bit(module) or is_peft_4bit(module) else None
 
 
 def why_8bit(base: Any) -> str | None:

@@ -39,6 +39,11 @@ def same_device(op: str, first: str, reference: torch.Tensor, **others: Any) -> 
             raise ValueError(f"{op}: {argument} is on {tensor.device}, needs {reference.device}, the device of {first}")
 
 
+def widened(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor for a kernel that takes it in dtype or in fp32: in fp32, which is exact, where it is in neither."""
+    return tensor if tensor.dtype == dtype else tensor.float()
+
+
 def autocast(device: torch.device, *tensors: Any) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where autocast is on for this device, as torch's own matmul takes them."""
     if not torch.is_autocast_enabled(device.type):

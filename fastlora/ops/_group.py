@@ -67,8 +67,9 @@ class Group(NamedTuple):
                 group.b.append(branches[0].b.contiguous())
                 group.b_scale.append(scales[0])
             else:
-                # Several adapters become one of their ranks together, the scalings folded into B.
-                halves = [one.b * scale for one, scale in zip(branches, scales, strict=True)]
+                # Several adapters become one of their ranks together, the scalings folded into B. Autocast to bf16 has
+                # no rule for torch.cat of fp16, nor the other way round.
+                halves = [_check.widened(one.b, dtype) * scale for one, scale in zip(branches, scales, strict=True)]
                 # Of the dtype of its neighbours: a kernel takes the pointers of a group as one type.
                 none = torch.empty(weight.shape[0], 0, dtype=adapters, device=weight.device)
                 group.b.append(torch.cat(halves, 1) if halves else none)
@@ -91,6 +92,11 @@ class Group(NamedTuple):
         P = len(self.counts)
         w, bias, b, a = tensors[:P], tensors[P : 2 * P], tensors[2 * P : 3 * P], tensors[3 * P :]
         return self._replace(w=list(w), bias=list(bias), b=list(b), a=list(a))
+
+    def hides(self, x: torch.Tensor) -> bool:
+        """Whether gradients may depend on x, which trains, without x being saved as it is: see `once`."""
+        read = any(one.requires_grad for one in (*self.w, *self.a))
+        return x.requires_grad and not (read and x.dtype == self.dtype)
 
     def ranks(self) -> list[int]:
         return [one.shape[0] for one in self.a]
@@ -128,17 +134,17 @@ class Group(NamedTuple):
         return y
 
     def gemm_t(self, dy, ds, masks, wide) -> Any:
-        """lora_gemm_t; with 4-bit weights a launch per projection, dx added up in the dtype of x, as autograd does."""
+        """lora_gemm_t, dx added up in the wide dtype of x, as autograd does; with 4-bit weights by projection."""
         gemm_t = torch.ops.fastlora.lora_gemm_t
         if not any(self.quantised):
-            return gemm_t(dy, [self._dense(i) for i in range(len(self.w))], ds, self.a, masks)
+            return gemm_t(dy, [self._dense(i) for i in range(len(self.w))], ds, self.a, masks, wide)
         dx, first, columns = None, 0, ds.split(self.ranks(), 1)
         for i, count in enumerate(self.counts):
             own = slice(first, first + count)
             first += count
             dsi = torch.cat(columns[own], 1) if count else ds.new_empty(len(ds), 0)
-            part = gemm_t([dy[i]], [self._dense(i)], dsi, self.a[own], masks[own])
-            dx = part.to(wide) if dx is None else dx.add_(part)
+            part = gemm_t([dy[i]], [self._dense(i)], dsi, self.a[own], masks[own], wide)
+            dx = part if dx is None else dx.add_(part)
         return dx
 
     def fit(self, need: Sequence[bool], grads: Group) -> list[torch.Tensor | None]:

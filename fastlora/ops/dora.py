@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import _check
+from ._once import once
+from ._transforms import refuse
 
 
 class _Dora(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, g, bias):
+        ctx.op = "dora"
         ctx.save_for_backward(y, g)
         ctx.bias_dtype = None if bias is None else bias.dtype
         scaled = y * g if bias is None else torch.addcmul(bias.to(g.dtype), y, g)
@@ -17,9 +19,9 @@ class _Dora(torch.autograd.Function):
         return scaled if scaled.dtype == y.dtype else scaled.to(y.dtype)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        y, g = ctx.saved_tensors
+    @once
+    def backward(ctx, saved, dout):
+        y, g = saved
         dy = (dout * g).to(y.dtype) if ctx.needs_input_grad[0] else None
         dg = torch.einsum("mn,mn->n", dout.to(g.dtype), y.to(g.dtype)) if ctx.needs_input_grad[1] else None
         dbias = dout.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
@@ -80,6 +82,7 @@ def dora(
 
     Source: Liu et al., DoRA, arXiv:2402.09353, section 4.3.
     """
+    refuse("dora")
     N = y.shape[-1]
     _check.shape("dora", "weight", weight, (N, None), "as (N, K) with N the last dimension of y")
     _check.shape("dora", "magnitude", magnitude, (N,), "to match the last dimension of y")

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..kernels import flash_attention as _kernels  # noqa: F401  registers the operators
 from . import _check
+from ._once import once
+from ._transforms import refuse
 
 
 def _unit_stride(x):
@@ -16,14 +17,15 @@ class _FlashAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, key_padding_mask, position_ids, seed, *arguments):
         tensors = q, k, v, key_padding_mask, position_ids
         out, lse = torch.ops.fastlora.flash_attention_fwd(*tensors, *arguments, seed)
+        ctx.op = "flash_attention"
         ctx.save_for_backward(q, k, v, out, lse, key_padding_mask, position_ids, seed)
         ctx.arguments = arguments
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        *tensors, seed = ctx.saved_tensors
+    @once
+    def backward(ctx, saved, dout):
+        *tensors, seed = saved
         grads = torch.ops.fastlora.flash_attention_bwd(_unit_stride(dout), *tensors, *ctx.arguments, seed)
         return *grads, *(None,) * 7
 
@@ -83,6 +85,7 @@ def flash_attention(
     Source: Dao, FlashAttention-2, arXiv:2307.08691. Philox: Salmon et al., Parallel random numbers, SC 2011.
     """
     op = "flash_attention"
+    refuse(op)
     q, k, v = _check.autocast(q.device, q, k, v)
     _check.dtype(op, "q", q, _check.FLOATS)
     _check.shape(op, "q", q, (None,) * 4, "as (B, H, T, D)")

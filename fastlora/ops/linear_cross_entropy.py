@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..kernels import linear_cross_entropy as _kernels  # noqa: F401  registers the operators
 from . import _check
+from ._once import link, once
+from ._transforms import refuse
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -15,25 +16,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, divisor, ignore_index, summed, grad):
+    def forward(ctx, hidden, weight, hidden_link, weight_link, labels, divisor, ignore_index, summed, grad):
         mantissa, exponent = torch.frexp(1 / divisor)
         need_dh, need_dw = (grad and needed for needed in ctx.needs_input_grad[:2])
         loss, dh, dw = torch.ops.fastlora.linear_cross_entropy_fwd(
             hidden, weight, labels, mantissa, ignore_index, need_dh, need_dw
         )
-        ctx.save_for_backward(dh, dw, exponent)
+        ctx.op = "linear_cross_entropy"
+        ctx.save_for_backward(dh, dw, exponent, hidden_link, weight_link)
         ctx.weight_dtype = weight.dtype
         return (loss.sum() if summed else loss) / divisor
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss):
-        dh, dw, exponent = ctx.saved_tensors
+    @once
+    def backward(ctx, saved, dloss):
+        dh, dw, exponent, *_ = saved
         need_dh, need_dw = ctx.needs_input_grad[:2]
         scale = torch.ldexp(dloss, exponent)
         dhidden = (dh * (scale[:, None] if scale.dim() else scale)).to(dh.dtype) if need_dh else None
         dweight = (dw * scale).to(ctx.weight_dtype) if need_dw else None
-        return dhidden, dweight, None, None, None, None, None
+        return dhidden, dweight, *(None,) * 7
 
 
 def linear_cross_entropy(
@@ -57,7 +59,7 @@ def linear_cross_entropy(
         ignore_index: the label of rows that count nothing.
         reduction: "mean" over the counted rows, "sum", or "none" (a frozen weight only).
         num_items: where given, the sum of losses is divided by it instead, as Hugging Face does under gradient
-            accumulation; reduction must then be "mean".
+            accumulation; reduction must then be "mean". A tensor has one element, and the loss its shape.
 
     Returns:
         fp32: a scalar, or (...) for reduction "none". The mean over no rows is NaN. Saved for backward: one (M, H)
@@ -71,6 +73,7 @@ def linear_cross_entropy(
     the gradient in the forward is exact here, with no filtering.
     """
     op = "linear_cross_entropy"
+    refuse(op)
     hidden, weight = _check.autocast(hidden.device, hidden, weight)
     _check.dtype(op, "hidden", hidden, _check.FLOATS)
     _check.shape(op, "weight", weight, (None, hidden.shape[-1]), "as (V, H) with H the last dimension of hidden")
@@ -82,8 +85,11 @@ def linear_cross_entropy(
         raise ValueError(f"{op}: reduction is {reduction!r}, needs 'mean', 'sum' or 'none'")
     if num_items is not None and reduction != "mean":
         raise ValueError(f"{op}: num_items goes with reduction 'mean', got {reduction!r}")
+    shape: tuple[int, ...] = ()
     if isinstance(num_items, torch.Tensor):
-        _check.shape(op, "num_items", num_items, (), "a single number")
+        if num_items.numel() != 1:
+            raise ValueError(f"{op}: num_items has shape {tuple(num_items.shape)}, needs one element")
+        shape, num_items = tuple(num_items.shape), num_items.reshape(())
     if reduction == "none" and weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: weight requires a gradient, needs reduction 'mean' or 'sum', got 'none'")
     divisor = torch.ones((), dtype=torch.float32, device=hidden.device)
@@ -95,9 +101,10 @@ def linear_cross_entropy(
     rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     flat = labels.reshape(-1).contiguous()
     grad = torch.is_grad_enabled()  # autograd asks for gradients under no_grad too
-    loss = _LinearCrossEntropy.apply(rows, weight, flat, divisor, ignore_index, reduction != "none", grad)
+    links = [link(t) if t.requires_grad else None for t in (rows, weight)]
+    loss = _LinearCrossEntropy.apply(rows, weight, *links, flat, divisor, ignore_index, reduction != "none", grad)
     if reduction == "none":
         return loss.view(labels.shape)
     if reduction == "mean" and num_items is None:
         loss = loss.masked_fill(counted == 0, float("nan"))
-    return loss
+    return loss.view(shape) if shape else loss

@@ -3,7 +3,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..kernels.lora_gemm import rotate
 from . import _check
@@ -18,6 +17,8 @@ from ._group import (
     shaped,
     through_norm,
 )
+from ._once import link, once
+from ._transforms import refuse
 from .dequantize_4bit import Quantised
 
 
@@ -25,14 +26,14 @@ class _LoraGroup(torch.autograd.Function):
     """Projections of one shared input n, which is x or rms_norm(x).
 
     Saved: x, rstd, s, and the masks as bits. n is remade where it is needed; where n is x, and neither an A nor a W
-    trains, x is not saved.
+    trains, x is not saved, but a ``link`` to it.
     """
 
     @staticmethod
-    def forward(ctx, x, norm_weight, residual, seeds, cos, sin, eps, dtype, static, *params):
+    def forward(ctx, op, x, linked, norm_weight, residual, seeds, cos, sin, eps, dtype, static, *params):
         ops = torch.ops.fastlora
         group, wide = static.filled(params), torch.promote_types(x.dtype, dtype)
-        need = static.filled(ctx.needs_input_grad[9:])
+        need = static.filled(ctx.needs_input_grad[11:])
         if norm_weight is None:
             x = x.to(dtype)
         masks = group.masks(x, seeds)
@@ -45,20 +46,21 @@ class _LoraGroup(torch.autograd.Function):
         carry = norm_weight is not None
         # Without a norm dx asks for the parameters alone, dB for s.
         kept = x if carry or any(need.a) or any(need.w) else None
-        ctx.save_for_backward(kept, norm_weight, cos, sin, rstd, s, *masks, *params)
+        ctx.op = op
+        ctx.save_for_backward(kept, linked, norm_weight, cos, sin, rstd, s, *masks, *params)
         ctx.static = eps, dtype, wide, static, len(masks), residual is not None
         return (*y, x) if carry else tuple(y)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
+    @once
+    def backward(ctx, saved, *grads):
         ops = torch.ops.fastlora
         eps, dtype, wide, static, n_masks, has_residual = ctx.static
-        x, norm_weight, cos, sin, rstd, s, *rest = ctx.saved_tensors
+        x, _, norm_weight, cos, sin, rstd, s, *rest = saved
         masks, params = rest[:n_masks], rest[n_masks:]
         group = static.filled(params)
-        need_x, need_norm, need_residual = ctx.needs_input_grad[:3]
-        need = static.filled(ctx.needs_input_grad[9:])
+        _, need_x, _, need_norm, need_residual = ctx.needs_input_grad[:5]
+        need = static.filled(ctx.needs_input_grad[11:])
         carry = norm_weight is not None
         dcarry = grads[-1].contiguous() if carry else None
         dresidual = grads[0] if has_residual and need_residual else None
@@ -79,16 +81,19 @@ class _LoraGroup(torch.autograd.Function):
         db = ops.lora_reduce_t(s, dy, group.b_ranks()) if any(need.b) and any(group.b_ranks()) else None
         dw, dbias = dweights(dy, back.n, need)
         found = group._replace(w=dw, bias=dbias, b=parts(db, group.b), a=parts(back.da, group.a))
-        return back.dx, back.dnorm, dresidual, *(None,) * 6, *group.fit(ctx.needs_input_grad[9:], found)
+        return None, back.dx, None, back.dnorm, dresidual, *(None,) * 6, *group.fit(ctx.needs_input_grad[11:], found)
 
 
-def apply_group(x, projections, norm_weight=None, residual=None, rotary=None, eps=0.0):
-    """_LoraGroup on x (M, K)."""
+def apply_group(op, x, projections, norm_weight=None, residual=None, rotary=None, eps=0.0):
+    """_LoraGroup on x (M, K), for the operator op."""
     dtype = product_dtype(x, projections)
     group = Group.of(projections, dtype)
-    cos, sin = rotary or (None, None)
+    cos, sin = (_check.widened(table, dtype) for table in rotary) if rotary else (None, None)
+    if residual is not None:
+        residual = residual.to(torch.promote_types(residual.dtype, dtype))
+    linked = link(x) if norm_weight is None and group.hides(x) else None
     return _LoraGroup.apply(
-        x, norm_weight, residual, group.seeds(), cos, sin, eps, dtype, group.static(), *group.tensors()
+        op, x, linked, norm_weight, residual, group.seeds(), cos, sin, eps, dtype, group.static(), *group.tensors()
     )
 
 
@@ -113,11 +118,11 @@ def lora_group(
         projections: weights (N_i, K) of one dtype; adapters in that dtype or fp32, ranks from 1 to 512. A 4-bit weight
             is made dense for its own product, in forward and again in backward, one at a time; x may then have any
             dtype, and the products that of the weights.
-        norm_weight: (K,), the dtype of x or fp32.
+        norm_weight: (K,), fp32, bf16 or fp16, whatever x is.
         eps: of the norm.
-        residual: (..., N), added to the output of a single projection, in the residual's dtype.
-        rotary: cos and sin, (B, T, D) or (1, T, D), for x (B, T, K): the first two outputs, queries and keys, are
-            rotated as heads of D before they are stored, as ``rope`` does.
+        residual: (..., N), added to the output of a single projection, which takes the dtype of their sum.
+        rotary: cos and sin, (B, T, D) or (1, T, D), fp32, bf16 or fp16, for x (B, T, K): the first two outputs,
+            queries and keys, are rotated as heads of D before they are stored, as ``rope`` does.
 
     Returns:
         The y_i, (..., N_i). With norm_weight, x itself comes last: a residual connection that continues from there has
@@ -129,6 +134,7 @@ def lora_group(
     Source: Hu et al., LoRA, arXiv:2106.09685; Zhang and Sennrich, arXiv:1910.07467.
     """
     op = "lora_group"
+    refuse(op)
     _check.dtype(op, "x", x, _check.FLOATS)
     if not projections:
         raise ValueError(f"{op}: projections is empty, needs at least one")
@@ -137,7 +143,7 @@ def lora_group(
     lead, K = x.shape[:-1], x.shape[-1]
     if norm_weight is not None:
         _check.shape(op, "norm_weight", norm_weight, (K,), "to match the last dimension of x")
-        _check.dtype(op, "norm_weight", norm_weight, (x.dtype, torch.float32), "to go with x")
+        _check.dtype(op, "norm_weight", norm_weight, _check.FLOATS)
         _check.same_device(op, "x", x, norm_weight=norm_weight)
     elif not torch.is_autocast_enabled(x.device.type) and not isinstance(projections[0].weight, Quantised):
         _check.dtype(op, "x", x, (projections[0].weight.dtype,), "to match the weights")
@@ -145,8 +151,8 @@ def lora_group(
     if rotary is not None:
         rotary = _check_rotary(op, x, projections, *rotary)
     rows = x.reshape(-1, K).contiguous()
-    norm = None if norm_weight is None else norm_weight.contiguous()
-    y = apply_group(rows, projections, norm, residual, rotary, eps)
+    norm = None if norm_weight is None else _check.widened(norm_weight, x.dtype).contiguous()
+    y = apply_group(op, rows, projections, norm, residual, rotary, eps)
     outputs = tuple(shaped(one, (*lead, one.shape[1])) for one in y[: len(projections)])
     return outputs if norm_weight is None else (*outputs, y[-1].view(x.shape))
 

@@ -4,6 +4,7 @@ import torch
 
 from . import _check
 from ._group import Branch, Projection, check_adapter
+from ._transforms import refuse
 from .dequantize_4bit import Quantised
 from .lora_group import apply_group
 
@@ -41,6 +42,7 @@ def lora_linear(
     Source: Hu et al., LoRA, arXiv:2106.09685.
     """
     op = "lora_linear"
+    refuse(op)
     K = x.shape[-1]
     _check.dtype(op, "x", x, _check.FLOATS)
     _check.shape(op, "weight", weight, (None, K), "as (N, K) with K the last dimension of x")
@@ -53,5 +55,5 @@ def lora_linear(
             _check.dtype(op, "bias", bias, (x.dtype,), "to match x")
     _check.same_device(op, "x", x, weight=weight, lora_a=lora_a, lora_b=lora_b, bias=bias)
     projection = Projection(weight, bias, (Branch(lora_a, lora_b, float(scaling)),))
-    (y,) = apply_group(x.reshape(-1, K).contiguous(), [projection])
+    (y,) = apply_group(op, x.reshape(-1, K).contiguous(), [projection])
     return y.view(*x.shape[:-1], weight.shape[0])

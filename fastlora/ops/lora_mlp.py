@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..kernels import swiglu_reduce as _swiglu_reduce  # noqa: F401  registers the operators
 from . import _check
@@ -16,6 +15,8 @@ from ._group import (
     shaped,
     through_norm,
 )
+from ._once import link, once
+from ._transforms import refuse
 from .dequantize_4bit import Quantised
 
 
@@ -27,7 +28,7 @@ class _LoraMLP(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, norm_weight, seeds, eps, dtype, wide, down, n_wide, *params):
+    def forward(ctx, x, linked, norm_weight, seeds, eps, dtype, wide, down, n_wide, *params):
         ops = torch.ops.fastlora
         first, last = wide.filled(params[:n_wide]), down.filled(params[n_wide:])
         wide_dtype = torch.promote_types(x.dtype, dtype)
@@ -42,25 +43,26 @@ class _LoraMLP(torch.autograd.Function):
         gate, up = first.gemm(n, s)
         h_masks = last.masks(gate, seeds[len(first.a) :])
         h, h_s = ops.swiglu_project(gate, up, last.a, last.a_scale, h_masks)
-        residual = None if norm_weight is None else x
+        residual = None if norm_weight is None else x.to(wide_dtype)
         (y,) = last.gemm(h, h_s, residual)
-        need = wide.filled(ctx.needs_input_grad[8 : 8 + n_wide])
+        need = wide.filled(ctx.needs_input_grad[9 : 9 + n_wide])
         # Without a norm dx asks for the parameters alone.
         kept = x if norm_weight is not None or any(need.a) or any(need.w) else None
-        ctx.save_for_backward(kept, norm_weight, rstd, gate, up, s, h_s, *masks, *h_masks, *params)
+        ctx.op = "lora_mlp"
+        ctx.save_for_backward(kept, linked, norm_weight, rstd, gate, up, s, h_s, *masks, *h_masks, *params)
         ctx.static = eps, dtype, wide_dtype, wide, down, n_wide, len(masks), len(h_masks)
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
+    @once
+    def backward(ctx, saved, dout):
         ops = torch.ops.fastlora
         eps, dtype, wide_dtype, wide, down, n_wide, n_masks, n_h_masks = ctx.static
-        x, norm_weight, rstd, gate, up, s, h_s, *rest = ctx.saved_tensors
+        x, _, norm_weight, rstd, gate, up, s, h_s, *rest = saved
         masks, h_masks, params = rest[:n_masks], rest[n_masks : n_masks + n_h_masks], rest[n_masks + n_h_masks :]
         first, last = wide.filled(params[:n_wide]), down.filled(params[n_wide:])
-        need_x, need_norm = ctx.needs_input_grad[:2]
-        wanted = ctx.needs_input_grad[8:]
+        need_x, _, need_norm = ctx.needs_input_grad[:3]
+        wanted = ctx.needs_input_grad[9:]
         need, h_need = wide.filled(wanted[:n_wide]), down.filled(wanted[n_wide:])
         need_input = need_x or need_norm
         dout = dout.contiguous()
@@ -94,7 +96,7 @@ class _LoraMLP(torch.autograd.Function):
                 ds = ops.lora_project_t(dgate_up, first.b, first.b_scale)
             dn = first.gemm_t(dgate_up, ds, masks, wide_dtype) if need_input else None
             if norm_weight is not None:
-                back = through_norm(dn, x, norm_weight, eps, rstd, dout, need_norm, need, ds, first, masks)
+                back = through_norm(dn, x, norm_weight, eps, rstd, dout.to(x.dtype), need_norm, need, ds, first, masks)
             else:
                 da = ops.lora_reduce(ds, x, first.ranks(), masks) if any(need.a) else None
                 back = NormBackward(dn, None, da, x)
@@ -105,7 +107,7 @@ class _LoraMLP(torch.autograd.Function):
         else:
             found = [None] * n_wide
         last_grads = last._replace(w=h_dw, bias=h_dbias, b=parts(h_db, last.b), a=parts(h_da, last.a))
-        return dx, dnorm, *(None,) * 6, *found, *last.fit(wanted[n_wide:], last_grads)
+        return dx, None, dnorm, *(None,) * 6, *found, *last.fit(wanted[n_wide:], last_grads)
 
 
 def lora_mlp(
@@ -128,11 +130,11 @@ def lora_mlp(
         x: (..., K), fp32, bf16 or fp16.
         gate, up: weights (F, K); adapters in that dtype or fp32, ranks from 1 to 512.
         down: weight (N, F), N = K with norm_weight.
-        norm_weight: (K,), the dtype of x or fp32.
+        norm_weight: (K,), fp32, bf16 or fp16, whatever x is.
         eps: of the norm.
 
     Returns:
-        (..., N), in the dtype of x with norm_weight. Saved for backward: x, rstd, gate and up (..., F), and the s.
+        (..., N), with norm_weight in the dtype of the sum. Saved for backward: x, rstd, gate and up (..., F), the s.
 
     Raises:
         ValueError, TypeError: a wrong shape, rank, rate or device, or dtype, by the name of the argument.
@@ -140,6 +142,7 @@ def lora_mlp(
     Source: Shazeer, arXiv:2002.05202; Hu et al., arXiv:2106.09685; Zhang and Sennrich, arXiv:1910.07467.
     """
     op = "lora_mlp"
+    refuse(op)
     K, F = x.shape[-1], gate.weight.shape[0]
     _check.dtype(op, "x", x, _check.FLOATS)
     check_projections(op, x, {"gate": gate, "up": up}, K, "the last dimension of x")
@@ -148,18 +151,19 @@ def lora_mlp(
     _check.dtype(op, "down.weight", down.weight, (gate.weight.dtype,), "to match gate")
     if norm_weight is not None:
         _check.shape(op, "norm_weight", norm_weight, (K,), "to match the last dimension of x")
-        _check.dtype(op, "norm_weight", norm_weight, (x.dtype, torch.float32), "to go with x")
+        _check.dtype(op, "norm_weight", norm_weight, _check.FLOATS)
         _check.same_device(op, "x", x, norm_weight=norm_weight)
         _check.shape(op, "down.weight", down.weight, (K, F), "as (K, F), since x is added to the result")
-        norm_weight = norm_weight.contiguous()
+        norm_weight = _check.widened(norm_weight, x.dtype).contiguous()
     elif not torch.is_autocast_enabled(x.device.type) and not isinstance(gate.weight, Quantised):
         _check.dtype(op, "x", x, (gate.weight.dtype,), "to match the weights")
     dtype = product_dtype(x, [gate])
     wide, last = Group.of([gate, up], dtype), Group.of([down], dtype)
     seeds = torch.cat([wide.seeds(), last.seeds()])
-    first = wide.tensors()
+    first, rows = wide.tensors(), x.reshape(-1, K).contiguous()
+    linked = link(rows) if norm_weight is None and wide.hides(rows) else None
     y = _LoraMLP.apply(
-        x.reshape(-1, K).contiguous(), norm_weight, seeds, eps, dtype,
+        rows, linked, norm_weight, seeds, eps, dtype,
         wide.static(), last.static(), len(first), *first, *last.tensors(),
     )  # fmt: skip
     return shaped(y, (*x.shape[:-1], down.weight.shape[0]))

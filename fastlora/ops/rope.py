@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..kernels import rope as _kernels  # noqa: F401  registers the operators
 from . import _check
+from ._once import once
+from ._transforms import refuse
 
 
 def _unit_stride(x):
@@ -14,13 +15,14 @@ def _unit_stride(x):
 class _RoPE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, cos, sin):
+        ctx.op = "rope"
         ctx.save_for_backward(cos, sin)
         return torch.ops.fastlora.rope(q, k, cos, sin, False)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dq, dk):
-        cos, sin = ctx.saved_tensors
+    @once
+    def backward(ctx, saved, dq, dk):
+        cos, sin = saved
         return *torch.ops.fastlora.rope(_unit_stride(dq), _unit_stride(dk), cos, sin, True), None, None
 
 
@@ -32,7 +34,7 @@ def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor)
     Args:
         q: (B, H, T, D), any strides, D even; fp32, bf16 or fp16.
         k: (B, H_kv, T, D), dtype of q.
-        cos, sin: (B, T, D) or (1, T, D), dtype of q or fp32. No gradient flows to them.
+        cos, sin: (B, T, D) or (1, T, D); fp32, bf16 or fp16, whatever q is. No gradient flows to them.
 
     Returns:
         Rotated q and k, in the strides of the inputs. Saved for backward: cos and sin.
@@ -42,6 +44,7 @@ def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor)
 
     Source: Su et al., RoFormer, arXiv:2104.09864; the halves as in Hugging Face's Llama.
     """
+    refuse("rope")
     _check.dtype("rope", "q", q, _check.FLOATS)
     _check.shape("rope", "q", q, (None,) * 4, "as (B, H, T, D)")
     B, _, T, D = q.shape
@@ -52,8 +55,9 @@ def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor)
     for name, table in (("cos", cos), ("sin", sin)):
         rows = 1 if table.shape[:1] == (1,) else B
         _check.shape("rope", name, table, (rows, T, D), "or a first size of 1, to match q")
-        _check.dtype("rope", name, table, (q.dtype, torch.float32), "to go with q")
+        _check.dtype("rope", name, table, _check.FLOATS)
     _check.shape("rope", "sin", sin, tuple(cos.shape), "to match cos")
     _check.dtype("rope", "sin", sin, (cos.dtype,), "to match cos")
     _check.same_device("rope", "q", q, k=k, cos=cos, sin=sin)
-    return _RoPE.apply(_unit_stride(q), _unit_stride(k), cos.contiguous(), sin.contiguous())
+    cos, sin = (_check.widened(table, q.dtype).contiguous() for table in (cos, sin))
+    return _RoPE.apply(_unit_stride(q), _unit_stride(k), cos, sin)

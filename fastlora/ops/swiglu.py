@@ -1,22 +1,24 @@
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..kernels import swiglu as _kernels  # noqa: F401  registers the operators
 from . import _check
+from ._once import once
+from ._transforms import refuse
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
+        ctx.op = "swiglu"
         ctx.save_for_backward(gate, up)
         return torch.ops.fastlora.swiglu_fwd(gate, up)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dh):
-        gate, up = ctx.saved_tensors
+    @once
+    def backward(ctx, saved, dh):
+        gate, up = saved
         return torch.ops.fastlora.swiglu_bwd(dh.contiguous(), gate, up)
 
 
@@ -34,6 +36,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
     Source: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
     """
+    refuse("swiglu")
     _check.dtype("swiglu", "gate", gate, _check.FLOATS)
     _check.shape("swiglu", "up", up, tuple(gate.shape), "to match gate")
     _check.dtype("swiglu", "up", up, (gate.dtype,), "to match gate")

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
+from .._versions import warn_if_newer
 from ..kernels import _library
+from ..modules import trust
 from ..modules._fused import (
     FUSED,
     Fused,
@@ -38,8 +40,12 @@ class NotFused(RuntimeError):
 
 
 class Swap(NamedTuple):
-    """A class that gives way to one with another forward, if any of ``ops`` is chosen, unless a reason is returned."""
+    """A class that gives way to one with another forward, if any of ``ops`` is chosen, unless a reason is returned.
 
+    role: what ``trust`` knows its forward by.
+    """
+
+    role: str
     original: type[nn.Module]
     fast: type[nn.Module]
     ops: set[str]
@@ -50,8 +56,8 @@ class Swap(NamedTuple):
         original = original_class(module)
         if original is not self.original:
             return f"{original.__name__} ({original.__module__}) is a subclass that may compute something else"
-        if self.original.forward.__module__ != self.original.__module__:
-            return f"{self.original.__name__}.forward was replaced by {self.original.forward.__module__}"
+        if why := trust.why_not(self.role):
+            return why
         if instance_forward(module) and not isinstance(module, Fused):
             return "its forward was replaced on the instance (an accelerate hook, or another patch)"
         return self.unless(module)
@@ -131,6 +137,7 @@ def patch(model: Model, ops: Iterable[str] | None = None, strict: bool = False, 
     """
     _check_model(model)
     chosen, policy = parse_ops(ops), Memory(parse(memory))
+    warn_if_newer()
     before = _states(model)
     for _, module, swap in _candidates(model):
         mine = chosen & swap.ops
@@ -141,6 +148,7 @@ def patch(model: Model, ops: Iterable[str] | None = None, strict: bool = False, 
             _become(module, swap.fast, state)
         elif isinstance(module, Fused):
             _become(module, swap.original, None)
+    _number(model)
     if os.environ.get("FASTLORA_AUTOTUNE") == "1":
         from ..tuning.measure import install
 
@@ -155,6 +163,15 @@ def patch(model: Model, ops: Iterable[str] | None = None, strict: bool = False, 
     if not plan.rows:
         logging.getLogger("fastlora").warning("%s has no Llama module: nothing was fused", type(model).__name__)
     return model
+
+
+def _number(model: nn.Module) -> None:
+    """Tell every module in a list which of how many it is."""
+    for parent in model.modules():
+        if isinstance(parent, nn.ModuleList):
+            layers = [module for module in parent if isinstance(module, Fused)]
+            for i, layer in enumerate(layers):
+                layer._fastlora.place = i, len(layers)
 
 
 def require_fused(model: nn.Module, plan: Plan, ops: Iterable[str] | None = None) -> None:

@@ -16,10 +16,10 @@ def _not_silu(module: Any) -> str | None:
 
 
 TABLE = (
-    Swap(hf.LlamaRMSNorm, fast.LlamaRMSNorm, ops={"rms_norm"}),
-    Swap(hf.LlamaMLP, fast.LlamaMLP, ops={"swiglu", "lora_linear"}, unless=_not_silu),
-    Swap(hf.LlamaAttention, fast.LlamaAttention, ops={"flash_attention", "lora_linear", "rope"}),
-    Swap(hf.LlamaDecoderLayer, fast.LlamaDecoderLayer, ops={"rms_norm", "lora_linear"}),
-    Swap(hf.LlamaModel, fast.LlamaModel, ops={"flash_attention"}),
-    Swap(hf.LlamaForCausalLM, fast.LlamaForCausalLM, ops={"linear_cross_entropy"}),
+    Swap("norm", hf.LlamaRMSNorm, fast.LlamaRMSNorm, ops={"rms_norm"}),
+    Swap("mlp", hf.LlamaMLP, fast.LlamaMLP, ops={"swiglu", "lora_linear"}, unless=_not_silu),
+    Swap("attention", hf.LlamaAttention, fast.LlamaAttention, ops={"flash_attention", "lora_linear", "rope"}),
+    Swap("layer", hf.LlamaDecoderLayer, fast.LlamaDecoderLayer, ops={"rms_norm", "lora_linear"}),
+    Swap("model", hf.LlamaModel, fast.LlamaModel, ops={"flash_attention"}),
+    Swap("head", hf.LlamaForCausalLM, fast.LlamaForCausalLM, ops={"linear_cross_entropy"}),
 )

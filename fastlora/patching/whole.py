@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -11,9 +10,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache, GenerationConfig
-from transformers.models.llama import modeling_llama as hf
 
 from ..budget import Budget, Figures, OverBudget
+from ..modules.trust import CACHE
 from .exact import InFloat64, exact
 from .verification import AGAIN, CACHED, TRAINING, UNCACHED, UNFUSED, WHOLE, Check
 
@@ -22,9 +21,6 @@ from .verification import AGAIN, CACHED, TRAINING, UNCACHED, UNFUSED, WHOLE, Che
 DRAWS = 16
 # Prompts, tokens of the longest one, and tokens to generate.
 ROWS, PROMPT, NEW = 4, 8, 8
-
-# transformers 5.24 renamed the argument.
-_CACHE = "cache" if "cache" in inspect.signature(hf.LlamaModel.forward).parameters else "past_key_values"
 
 
 class Seen(NamedTuple):
@@ -227,8 +223,7 @@ class Sample:
                 logits = outputs.logits[...]
             if name == AGAIN:
                 logits = outputs.logits[...]
-                lost = isinstance(outputs.logits, torch.Tensor) and not logits.requires_grad
-                if lost and outputs.loss.requires_grad:
+                if outputs.loss.requires_grad and not logits.requires_grad:
                     raise RuntimeError("outputs.logits, read once under no_grad, have no gradient when read again")
             return logits.detach()
 
@@ -236,7 +231,7 @@ class Sample:
         cache, logits, begin = DynamicCache(), [], 0
         for end in range(self.width, ids.shape[1] + 1):
             now = slice(begin, end)
-            given = {"attention_mask": self.mask[:, :end], "position_ids": self.positions[:, now], _CACHE: cache}
+            given = {"attention_mask": self.mask[:, :end], "position_ids": self.positions[:, now], CACHE: cache}
             logits.append(self.causal(input_ids=ids[:, now], **given, use_cache=True).logits)
             begin = end
         return torch.cat(logits, 1)

@@ -38,7 +38,7 @@ def lora_group(
     if rotary is not None:
         D = rotary[0].shape[-1]
         q, k = (one.unflatten(-1, (-1, D)).transpose(1, 2) for one in y[:2])
-        y[:2] = (one.transpose(1, 2).flatten(-2).to(n.dtype) for one in rope(q, k, *rotary))
+        y[:2] = (one.transpose(1, 2).flatten(-2).to(y[0].dtype) for one in rope(q, k, *rotary))
     if residual is not None:
         y[0] = residual + y[0]
     return tuple(y) if norm_weight is None else (*y, x)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from patching import faults
 
+from fastlora._versions import Known
 from fastlora.cli import doctor
 
 
@@ -85,6 +86,24 @@ def test_doctor_is_well_here(cache, capsys):
     assert text.rstrip().endswith("All is well.")
     assert all(name in text for name in (*doctor.CHECKS, "torch", "csrc", "tuning cache", "26 of 26"))
     assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("found", "well", "line"),
+    [
+        ("5.25rc1", True, "✓ transformers         5.25rc1: newer than 5.24, the newest"),
+        ("5.24.9", True, "✓ transformers         5.24.9\n"),
+        ("4.56.2", False, "✗ transformers         4.56.2\n" + " " * 25 + "→ pip install 'transformers>=4.57'"),
+        (None, False, "✗ transformers         not installed\n" + " " * 25 + "→ pip install transformers"),
+    ],
+)
+def test_doctor_judges_versions(found, well, line, cache, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "CHECKS", {})
+    monkeypatch.setattr(doctor, "_whole_model", lambda device: ())
+    monkeypatch.setattr(doctor, "KNOWN", {"transformers": Known("4.57", "5.24")})
+    monkeypatch.setattr(doctor, "versions", lambda: {"transformers": found, "trl": None})
+    judged, text = run(capsys)
+    assert judged == well and line in text, text
 
 
 def test_doctor_has_a_check_for_every_op():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
 
 import fastlora
+from fastlora.modules.lazy_logits import Product
 
 from .training import Engine, adapters, rows, train_all, whole
 
@@ -143,6 +146,53 @@ def logits_are_read_while_there_is_a_head() -> None:
         raise AssertionError("logits of a sharded head")
 
 
+def ddp_looks_at_them_for_nothing() -> None:
+    """Searching the graph for unused parameters, or kept, it passes every output through its own node."""
+
+    def gradients(read: bool, **options: bool) -> list[torch.Tensor]:
+        model = fastlora.patch(whole())
+        wrapped = nn.parallel.DistributedDataParallel(model, **options)
+        for _ in range(2):  # a static graph is known after the first
+            with nullcontext() if read else patch.object(Product, "compute", None):
+                outputs = wrapped(**rows(0, dist.get_rank()), use_cache=False)
+                (outputs.loss + outputs.logits.pow(2).mean() if read else outputs.loss).backward()
+        return [p.grad for p in model.parameters()]
+
+    for read in (False, True):
+        for options in ({"find_unused_parameters": True}, {"static_graph": True}):
+            assert all(map(torch.equal, gradients(read, **options), gradients(read)))
+
+
+def they_are_gathered() -> None:
+    """By Accelerate and by collectives, as the tensor that they are."""
+    from accelerate import Accelerator
+
+    accelerator, rank, model = Accelerator(cpu=True), dist.get_rank(), fastlora.patch(adapters())
+
+    def reduced(logits: torch.Tensor) -> torch.Tensor:
+        copy = logits.detach().clone()
+        dist.all_reduce(copy)
+        return copy + 0
+
+    def gathered(logits: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty(logits.shape) for _ in range(2)]
+        dist.all_gather(parts, logits.detach())
+        return torch.cat(parts)
+
+    for function in (
+        accelerator.gather,
+        accelerator.gather_for_metrics,
+        accelerator.reduce,
+        lambda logits: accelerator.pad_across_processes(logits[:, rank:], dim=1),
+        reduced,
+        gathered,
+    ):
+        logits = model(**rows(0, rank), use_cache=False).logits
+        found = function(logits)
+        assert type(found + 0) is torch.Tensor
+        assert torch.equal(found, function(logits[...]))
+
+
 def no_output_is_a_view() -> None:
     """FSDP2 warns of them: an in-place operation would drop the hook that gathers before backward."""
     with warnings.catch_warnings():
@@ -155,5 +205,7 @@ def main(out: str) -> None:
     train_all(ENGINES, out)
     classes_are_given_back()
     logits_are_read_while_there_is_a_head()
+    ddp_looks_at_them_for_nothing()
+    they_are_gathered()
     no_output_is_a_view()
     dist.destroy_process_group()

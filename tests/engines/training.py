@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 import fastlora
+from fastlora.modules.lazy_logits import Product
 
 STEPS = 10
 ROWS = 2
@@ -93,4 +95,5 @@ def train(engine: Engine, when: str, out: Path) -> None:
 def train_all(engines: dict[str, Engine], out: str) -> None:
     for name, engine in engines.items():
         for when in WHEN:
-            train(engine, when, Path(out) / name / when)
+            with patch.object(Product, "compute", None):  # whatever an engine does with outputs, it reads no logits
+                train(engine, when, Path(out) / name / when)

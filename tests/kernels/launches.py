@@ -90,7 +90,8 @@ def partial(model, dtype, masters, r):
     # Adapters of several dtypes.
     lora_gemm.lora_gemm(x, group.w, s, [group.b[0], group.b[1].to(dtype), group.b[2]], group.bias, None, table, table)
     lora_project.lora_project_t(dy, group.b, group.b_scale)
-    lora_gemm.lora_gemm_t(dy, group.w, s, group.a, masks)
+    for wide in {dtype, FP32}:  # under autocast x may be in fp32
+        lora_gemm.lora_gemm_t(dy, group.w, s, group.a, masks, wide)
     lora_reduce.rms_norm_bwd_reduce(x, x, weight, meta(M, dtype=FP32), x, False, s, group.ranks(), masks)
     lora_reduce.lora_reduce_t(s, dy, group.b_ranks())
 

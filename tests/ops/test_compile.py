@@ -2,100 +2,18 @@
 
 import pytest
 import torch
+from ops.cases import EVERY, K, N, R, leaves, lora_linear, outputs_of
 from ops.witness import check
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
 from fastlora import ops
 from fastlora.kernels._library import INTERPRET
-
-M, K, N, R = 6, 24, 40, 4
-
-
-def leaves(*shapes):
-    return [torch.randn(shape).requires_grad_() for shape in shapes]
-
-
-def rms_norm():
-    return ops.rms_norm, leaves((2, 3, K), (K,))
-
-
-def swiglu():
-    return ops.swiglu, leaves((M, K), (M, K))
-
-
-def rope():
-    cos, sin = torch.randn(1, 5, 8), torch.randn(1, 5, 8)
-    return lambda q, k: ops.rope(q, k, cos, sin), leaves((2, 4, 5, 8), (2, 2, 5, 8))
-
-
-def lora_linear():
-    return lambda *t: ops.lora_linear(*t[:4], 0.5, t[4]), leaves((2, 3, K), (N, K), (R, K), (N, R), (N,))
-
-
-def lora_group():
-    """A norm, two projections of what it gives, one with two adapters, and the connection past them."""
-
-    def function(x, norm, w1, a1, b1, w2, a2, b2, a3, b3):
-        two = (ops.Branch(a2, b2, 0.5), ops.Branch(a3, b3, 2.0))
-        projections = [ops.Projection(w1, None, (ops.Branch(a1, b1),)), ops.Projection(w2, None, two)]
-        return ops.lora_group(x, projections, norm_weight=norm)
-
-    adapter = (R, K), (N, R)
-    return function, leaves((2, 3, K), (K,), (N, K), *adapter, (N, K), *adapter, *adapter)
-
-
-def lora_qkv():
-    """Queries and keys rotated."""
-    tables = torch.randn(1, 3, 8), torch.randn(1, 3, 8)
-
-    def function(x, w1, a1, b1, w2, a2, b2):
-        adapters = ops.Branch(a1, b1), ops.Branch(a2, b2, 0.5)
-        projections = [ops.Projection(w, None, (one,)) for w, one in zip((w1, w2), adapters)]
-        return ops.lora_group(x, projections, rotary=tables)
-
-    adapter = (R, K), (N, R)
-    return function, leaves((2, 3, K), (N, K), *adapter, (N, K), *adapter)
-
-
-def lora_mlp():
-    def function(x, norm, w1, a1, b1, w2, a2, b2, w3, a3, b3):
-        adapters = ops.Branch(a1, b1), ops.Branch(a2, b2, 0.5), ops.Branch(a3, b3, 2.0)
-        three = (ops.Projection(w, None, (one,)) for w, one in zip((w1, w2, w3), adapters))
-        return ops.lora_mlp(x, *three, norm_weight=norm)
-
-    adapter = (R, K), (N, R)
-    return function, leaves((M, K), (K,), (N, K), *adapter, (N, K), *adapter, (K, N), (R, N), (K, R))
-
-
-def linear_cross_entropy():
-    labels = torch.tensor([3, -100, 7, 0, 39, 1])
-    return lambda h, w: ops.linear_cross_entropy(h, w, labels), leaves((M, K), (N, K))
-
-
-def linear_cross_entropy_of_items():
-    labels = torch.tensor([3, -100, 7, 0, 39, 1])
-    return lambda h, w: ops.linear_cross_entropy(h, w, labels, num_items=torch.tensor(9)), leaves((M, K), (N, K))
-
-
-def flash_attention():
-    return lambda q, k, v: ops.flash_attention(q, k, v), leaves((2, 4, 6, 32), (2, 2, 6, 32), (2, 2, 6, 32))
-
-
-def dora():
-    fixed = [torch.randn(N, K), torch.randn(R, K), torch.randn(N, R)]
-    return lambda y, m: ops.dora(y, m, *fixed, 0.5), leaves((M, N), (N,))
-
-
-OPS = (
-    *(rms_norm, swiglu, rope, lora_linear, lora_group, lora_qkv, lora_mlp),
-    *(linear_cross_entropy, linear_cross_entropy_of_items, flash_attention, dora),
-)
+from fastlora.ops._transforms import transform
 
 
 def outputs_and_gradients(function, inputs):
-    outputs = function(*inputs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = outputs_of(function(*inputs))
     gradients = torch.autograd.grad([(o * o.detach().cos()).sum() for o in outputs], inputs)
     return [o.detach() for o in outputs], list(gradients)
 
@@ -105,8 +23,8 @@ def _no_graphs_of_other_tests():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("make", OPS, ids=lambda make: make.__name__)
-def test_one_graph_and_the_same_bits(make):
+@pytest.mark.parametrize(("op", "make"), EVERY)
+def test_one_graph_and_the_same_bits(op, make):
     function, inputs = make()
     expected = outputs_and_gradients(function, inputs)
     ours = outputs_and_gradients(torch.compile(function, fullgraph=True, backend="aot_eager"), inputs)
@@ -138,3 +56,22 @@ def test_inductor():
         return dict(zip(shapes, leaves(*shapes.values()), strict=True))
 
     check(torch.compile(ops.lora_linear, fullgraph=True), make, scaling=0.5)
+
+
+def test_a_compiled_function_under_a_transform():
+    """What was compiled outside of one is not run by it."""
+    x, weight = leaves((3, 8), (8,))
+    compiled = torch.compile(ops.rms_norm, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, weight), ops.rms_norm(x, weight))
+    with pytest.raises(RuntimeError, match="fastlora.ops.rms_norm does not run under torch.func's (grad|transforms)"):
+        torch.func.grad(lambda *inputs: compiled(*inputs).sum())(x.detach(), weight.detach())
+
+
+def test_known_inside_a_compiled_function():
+    """A module may ask there: the answer is a constant of the graph."""
+
+    def function(x):
+        return x * 2 if transform() is None else x * 3
+
+    assert torch.compile(function, backend="eager", fullgraph=True)(torch.ones(1)) == 2
+    assert torch.compile(torch.func.vmap(function), backend="eager", fullgraph=True)(torch.ones(1)) == 3

@@ -76,6 +76,19 @@ def test_num_items(num_items, dtype, chunks_of_eight):
     assert all(torch.equal(tensor[name], number[name]) for name in ("output 0", "dhidden"))
 
 
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+def test_num_items_in_a_shape(shape):
+    """The loss takes the shape that a division by it gives."""
+    tensors, items = make(train=("hidden", "weight")), torch.full(shape, 13)
+    check(linear_cross_entropy, lambda: make(train=("hidden", "weight")), num_items=items)
+    shaped = run(linear_cross_entropy, tensors, lambda y: [torch.ones(shape)], num_items=items)
+    plain = run(linear_cross_entropy, tensors, lambda y: [torch.ones(())], num_items=13)
+    assert shaped["output 0"].shape == shape
+    assert all(
+        torch.equal(shaped[name].view_as(plain[name]), plain[name]) for name in ("output 0", "dhidden", "dweight")
+    )
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("M", [37, 0])
 def test_no_row_counts(M, reduction):
@@ -244,7 +257,8 @@ def test_two_runs_are_bit_identical():
         ({"labels": torch.zeros(5).long().to("meta")}, ValueError, f"labels is on meta, needs {DEVICE}, the device of"),
         ({"reduction": "max"}, ValueError, "reduction is 'max', needs 'mean', 'sum' or 'none'"),
         ({"reduction": "sum", "num_items": 3}, ValueError, "num_items goes with reduction 'mean', got 'sum'"),
-        ({"num_items": torch.ones(2)}, ValueError, r"num_items has shape \(2,\), needs \(\) a single number"),
+        ({"num_items": torch.ones(2)}, ValueError, r"num_items has shape \(2,\), needs one element"),
+        ({"num_items": torch.ones(1, 0)}, ValueError, r"num_items has shape \(1, 0\), needs one element"),
         ({"weight": torch.ones(50, 24, requires_grad=True), "reduction": "none"}, ValueError, "weight requires a gradient"),
         pytest.param(
             {"labels": torch.tensor([1, 2, 50, 3, 4])}, IndexError, r"labels must be in \[0, 50\), got 50", marks=RAISED

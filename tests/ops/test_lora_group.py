@@ -34,6 +34,7 @@ class Case(NamedTuple):
     residual: torch.dtype | None = None
     bias: bool = True
     heads: int = 0  # columns of a head of the first two outputs, which are then rotated, in one row of M tokens
+    cast: torch.dtype | None = None  # autocast's
     train: str = f"^x|residual|{ADAPTERS}"
 
     def make(self):
@@ -57,7 +58,13 @@ class Case(NamedTuple):
         return {name: t.requires_grad_(bool(re.search(self.train, name))) for name, t in tensors.items()}
 
     def call(self, tensors, op, kind=Branch, **masks):
-        """op on the flat tensors."""
+        """op on the flat tensors; the truth of what autocast rounds is not rounded."""
+        if self.cast is None or tensors["x"].dtype == torch.float64:
+            return self._call(tensors, op, kind, **masks)
+        with torch.autocast(DEVICE.type, self.cast):
+            return self._call(tensors, op, kind, **masks)
+
+    def _call(self, tensors, op, kind, **masks):
         projections = []
         for i, ranks in enumerate(self.ranks):
             branches = (
@@ -346,8 +353,69 @@ def test_autocast(kind):
     torch.manual_seed(1)
     plain = run(half, tensors, lambda results: incoming)
     assert under["output 0"].dtype == torch.bfloat16
+    if "norm" not in kind:
+        plain.pop("dx")  # which is added up in fp32: see the next test
     for name, t in plain.items():
         assert t is None or torch.equal(under[name], t.to(under[name].dtype)), name
+
+
+@pytest.mark.parametrize("cast", FLOATS[1:], ids=str)
+@pytest.mark.parametrize("kind", ["plain", "one", "norm", "rotary", "dropout"])
+def test_autocast_of_fp32_weights(kind, cast):
+    """Gradients of an fp32 x are added up in fp32, as autograd does."""
+    norm, one = {"norm": torch.float32}, {"N": (33,), "ranks": ((4, 3),)}
+    more = {"plain": {}, "one": one, "norm": norm, "rotary": norm | ROTARY, "dropout": norm | {"rate": 0.3}}[kind]
+    ours = check(Case(37, 40, cast=cast, train="^(?!cos|sin)", **more))
+    assert ours["output 0"].dtype == cast and ours["dx"].dtype == ours["da00"].dtype == torch.float32
+
+
+HALVES = pytest.mark.parametrize(("dtype", "cast"), [FLOATS[1:], FLOATS[:0:-1]], ids=str)
+
+
+@HALVES
+@pytest.mark.parametrize("x", ["same", "fp32"])
+@pytest.mark.parametrize("kind", ["norm", "rotary", "dropout"])
+def test_autocast_to_the_other_half(kind, x, dtype, cast):
+    """fp16 weights under bf16 autocast, and the other way round; x is in the weights' dtype, or in fp32 as the residual
+    stream is from the first layer on."""
+    more = {"norm": {}, "rotary": ROTARY, "dropout": {"rate": 0.3}}[kind]
+    x = dtype if x == "same" else torch.float32
+    for adapters in (dtype, torch.float32):
+        case = Case(37, 40, dtype=dtype, cast=cast, norm=dtype, x=x, adapters=adapters, train="^(?!cos|sin)", **more)
+        ours = check(case)
+        assert ours["output 0"].dtype == cast and ours["dnorm_weight"].dtype == ours["dweight0"].dtype == dtype
+
+
+@HALVES
+@pytest.mark.parametrize("x", ["same", "fp32", "cast"])
+@pytest.mark.parametrize("residual", ["same", "fp32", "cast"])
+def test_residual_of_the_other_half(residual, x, dtype, cast):
+    """The sum of a bf16 and an fp16 number is fp32."""
+    dtypes = {"same": dtype, "fp32": torch.float32, "cast": cast}
+    case = Case(7, 37, (33,), ((4,),), dtype=dtype, cast=cast, x=dtypes[x], residual=dtypes[residual], train=EVERYTHING)
+    ours = check(case)
+    assert ours["output 0"].dtype == torch.promote_types(dtypes[residual], cast)
+    assert ours["dresidual"].dtype == dtypes[residual]
+
+
+def test_a_sum_past_fp16():
+    """Which the residual's own dtype would not hold."""
+    weight, x = torch.ones(4, 4).half(), torch.full((2, 4), 3e4)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        (y,) = lora_group(x, [Projection(weight)], residual=torch.full((2, 4), 6e4).half())
+    assert y.dtype == torch.float32 and y.isfinite().all()
+
+
+@pytest.mark.parametrize("table", FLOATS)
+@DTYPES
+def test_rotary_tables_of_another_dtype(dtype, table):
+    case = Case(9, 40, dtype=dtype, **ROTARY)
+
+    def make():
+        tensors = case.make()
+        return tensors | {name: tensors[name].detach().to(table) for name in ("cos", "sin")}
+
+    check(case, make)
 
 
 @pytest.mark.parametrize("kind", ["plain", "norm"])

@@ -28,7 +28,7 @@ def projection(N=24, K=40, R=4, **change):
         (None, {"rate": -0.1}, {}, ValueError, r"projections\[1\].dropout is -0.1, needs"),
         (None, {"a": torch.ones(4, 40, device="meta")}, {}, ValueError, rf"projections\[1\].a is on meta, .* {DEVICE}"),
         (None, {}, {"norm_weight": torch.ones(39)}, ValueError, r"norm_weight has shape \(39,\), needs \(40\)"),
-        (None, {}, {"norm_weight": torch.ones(40).half()}, TypeError, "norm_weight is float16, needs float32"),
+        (None, {}, {"norm_weight": torch.ones(40).double()}, TypeError, "norm_weight is float64, needs float32 or"),
         (None, {}, {"residual": torch.ones(5, 24)}, ValueError, "residual goes with one projection, got 2"),
     ],
 )  # fmt: skip

@@ -140,7 +140,7 @@ def test_autocast_is_the_bf16_result(adapters):
     cast["x"].requires_grad_()
     plain = run(lora_linear, tensors | cast, lambda y: [dy])
     assert under["output 0"].dtype == torch.bfloat16 and under["dx"].dtype == torch.float32
-    for name in ("output 0", "dx", "dlora_a", "dlora_b"):
+    for name in ("output 0", "dlora_a", "dlora_b"):  # dx is added up in fp32: see test_lora_group.py
         assert torch.equal(under[name], plain[name].to(under[name].dtype)), name
 
 

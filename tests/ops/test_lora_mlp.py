@@ -35,6 +35,7 @@ class Case(NamedTuple):
     x: torch.dtype | None = None
     bias: bool = True
     train: str = f"^x|{ADAPTERS}"
+    cast: torch.dtype | None = None  # autocast's
 
     def make(self):
         """Every product of about the same size, so that none hides another's error."""
@@ -61,7 +62,10 @@ class Case(NamedTuple):
             )
             projections.append(Projection(tensors[f"{name}_weight"], tensors.get(f"{name}_bias"), tuple(branches)))
         norm = {} if self.norm is None else {"norm_weight": tensors["norm_weight"], "eps": 1e-5}
-        return (op(tensors["x"], *projections, **norm, **masks),)
+        if self.cast is None or tensors["x"].dtype == torch.float64:  # the truth is not rounded
+            return (op(tensors["x"], *projections, **norm, **masks),)
+        with torch.autocast(DEVICE.type, self.cast):
+            return (op(tensors["x"], *projections, **norm, **masks),)
 
     def rate_of(self, j):
         """The second adapter of a projection has no dropout, so that both kinds meet in one kernel."""
@@ -205,6 +209,19 @@ def test_autocast():
     assert under["output 0"].dtype == torch.float32
     for name, t in plain.items():
         assert t is None or torch.equal(under[name], t.to(under[name].dtype)), name
+
+
+@pytest.mark.parametrize(("dtype", "cast"), [FLOATS[1:], FLOATS[:0:-1]], ids=str)
+@pytest.mark.parametrize("x", ["same", "fp32"])
+@pytest.mark.parametrize("normed", [True, False])
+def test_autocast_to_the_other_half(normed, x, dtype, cast):
+    """fp16 weights under bf16 autocast, and the other way round; x as the residual stream is before and after a layer."""
+    x = dtype if x == "same" else torch.float32
+    for adapters in (dtype, torch.float32):
+        case = Case(37, 40, 45, dtype=dtype, cast=cast, x=x, adapters=adapters, rate=0.3, train=EVERYTHING)
+        ours = check(case._replace(norm=dtype) if normed else case)
+        assert ours["output 0"].dtype == (torch.float32 if normed else cast)
+        assert ours["dx"].dtype == x and ours["dgate_weight"].dtype == dtype
 
 
 def test_two_runs_of_one_seed_are_bit_identical():

@@ -56,7 +56,11 @@ def samples() -> dict[str, list[tuple]]:
             (x, [weight, weight.clone()], normal(M, 2 * R), [b, b.clone()], [None, normal(N)], None),
             (x, [weight, weight.clone()], normal(M, 2 * R), [b, b.clone()], [None, None], None, table, table.clone()),
         ],
-        "lora_gemm_t": [([y], [weight], s, [a], [None]), ([y, y.clone()], [weight, weight.clone()], s, [a], [mask])],
+        "lora_gemm_t": [
+            ([y], [weight], s, [a], [None]),
+            ([y, y.clone()], [weight, weight.clone()], s, [a], [mask]),
+            ([y.half()], [weight.half()], s.half(), [a], [None], torch.float32),
+        ],
         "lora_reduce": [(s, x, [R], [None]), (s, x, [1, 3], [mask, None])],
         "lora_reduce_t": [(s, [y], [R]), (s, [y, y.clone()], [1, 3])],
         "cross_entropy_rows": [(y, labels, torch.tensor(0.7), False), (y, labels, torch.tensor(0.7), True)],

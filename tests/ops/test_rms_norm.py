@@ -29,6 +29,14 @@ def test_fp32_weight(dtype):
     assert ours["output 0"].dtype == ours["dweight"].dtype == torch.float32
 
 
+@pytest.mark.parametrize(("dtype", "weight_dtype"), [FLOATS[1:], FLOATS[:0:-1], (torch.float32, torch.float16)])
+def test_a_weight_of_another_dtype(dtype, weight_dtype):
+    """As autocast leaves the norms of a model in half precision: promoted, where eager promotes."""
+    ours = check(rms_norm, lambda: make((4, 130), dtype, weight_dtype))
+    assert ours["output 0"].dtype == torch.float32
+    assert (ours["dx"].dtype, ours["dweight"].dtype) == (dtype, weight_dtype)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("eps", [0.0, 1e-5, 1.0])
 def test_eps_beside_small_rows(eps, dtype):
@@ -104,7 +112,7 @@ def test_two_runs_are_bit_identical():
         ({"x": torch.ones(4, 64).long()}, TypeError, "x is int64"),
         ({"weight": torch.ones(65)}, ValueError, r"weight has shape \(65,\), needs \(64\) to match the last dimension"),
         ({"weight": torch.ones(1, 64)}, ValueError, r"weight has shape \(1, 64\), needs \(64\)"),
-        ({"weight": torch.ones(64).half()}, TypeError, "weight is float16, needs float32"),
+        ({"weight": torch.ones(64).double()}, TypeError, "weight is float64, needs float32 or"),
         ({"weight": torch.ones(64, device="meta")}, ValueError, f"weight is on meta, needs {DEVICE}, the device of x"),
     ],
 )

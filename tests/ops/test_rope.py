@@ -36,11 +36,20 @@ def test_within_budget(sizes, dtype):
     assert ours["output 0"].dtype == ours["output 1"].dtype == dtype
 
 
-@pytest.mark.parametrize("dtype", FLOATS[1:])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("table_dtype", FLOATS)
 @pytest.mark.parametrize("tables", [1, 2])
-def test_fp32_tables(tables, dtype):
-    ours = check(rope, lambda: make(dtype=dtype, table_dtype=torch.float32, tables=tables))
-    assert ours["output 0"].dtype == dtype
+def test_tables_of_another_dtype(tables, table_dtype, dtype):
+    """As autocast makes them of a model in the other half precision."""
+    ours = check(rope, lambda: make(dtype=dtype, table_dtype=table_dtype, tables=tables))
+    assert ours["output 0"].dtype == ours["dq"].dtype == dtype
+
+
+def test_tables_are_widened_and_not_rounded():
+    """In fp32 they have the bits of their own dtype, which q's may not."""
+    tensors = make(dtype=torch.bfloat16, table_dtype=torch.float16, train=())
+    wide = tensors | {name: tensors[name].float() for name in ("cos", "sin")}
+    assert all(map(torch.equal, rope(**tensors), rope(**wide)))
 
 
 def test_angles_of_llama():
@@ -146,7 +155,8 @@ def test_two_runs_are_bit_identical():
         ({"k": torch.ones(2, 2, 5, 8).half()}, TypeError, "k is float16, needs float32 to match q"),
         ({"cos": torch.ones(3, 5, 8)}, ValueError, r"cos has shape \(3, 5, 8\), needs \(2, 5, 8\) or a first size of 1"),
         ({"cos": torch.ones(2, 5, 4)}, ValueError, r"cos has shape \(2, 5, 4\), needs \(2, 5, 8\)"),
-        ({"cos": torch.ones(2, 5, 8).half()}, TypeError, "cos is float16, needs float32"),
+        ({"cos": torch.ones(2, 5, 8).double()}, TypeError, "cos is float64, needs float32 or bfloat16 or float16"),
+        ({"cos": torch.ones(2, 5, 8).half()}, TypeError, "sin is float32, needs float16 to match cos"),
         ({"cos": torch.ones(())}, ValueError, r"cos has shape \(\), needs \(2, 5, 8\)"),
         ({"sin": torch.ones(1, 5, 8)}, ValueError, r"sin has shape \(1, 5, 8\), needs \(2, 5, 8\) to match cos"),
         ({"sin": torch.ones(2, 5, 8, device="meta")}, ValueError, f"sin is on meta, needs {DEVICE}, the device of q"),

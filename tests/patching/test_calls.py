@@ -3,11 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from transformers.utils import logging
 
 import fastlora
 from fastlora.modules.lazy_logits import LazyLogits
 
-from .tiny import assert_fused, assert_same, batch, gradients, judge, llama, lora, padded_step, row, step
+from .tiny import CACHE, assert_fused, assert_same, batch, gradients, judge, llama, lora, padded_step, row, step
 
 
 def build(seed: int = 0, **config) -> nn.Module:
@@ -240,9 +241,9 @@ def test_cached_decoding(tokens, first):
         mask[0, :first] = 0
         cache, pieces = None, []
         for i in range(0, 13, tokens):
-            options = {"attention_mask": mask[:, : i + tokens], "past_key_values": cache, "use_cache": True}
+            options = {"attention_mask": mask[:, : i + tokens], CACHE: cache, "use_cache": True}
             outputs = model.eval()(ids[:, i : i + tokens], **options)
-            cache = outputs.past_key_values
+            cache = outputs[CACHE]
             pieces.append(outputs.logits.detach())
         return {"logits": torch.cat(pieces, 1)[:, first:]}
 
@@ -251,5 +252,19 @@ def test_cached_decoding(tokens, first):
 
 def test_the_model_may_return_a_cache_in_training():
     outputs = fastlora.patch(build().train())(**batch(), use_cache=True)
-    assert outputs.past_key_values.get_seq_length() == 13
+    assert outputs[CACHE].get_seq_length() == 13
     assert isinstance(outputs.logits, LazyLogits)
+
+
+def test_transformers_warns_of_nothing_more_than_unpatched(caplog):
+    """A name that it calls deprecated is gone one day."""
+
+    def warnings(model):
+        logging.warning_once.cache_clear()
+        caplog.clear()
+        step(model, use_cache=True)
+        model.eval().generate(batch()["input_ids"], max_new_tokens=2, do_sample=False)
+        return {record.getMessage() for record in caplog.records if record.name.startswith("transformers")}
+
+    model = build()
+    assert warnings(model) >= warnings(fastlora.patch(model))

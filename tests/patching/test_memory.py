@@ -125,7 +125,7 @@ def test_a_budget_is_kept_with_the_least_recomputation_there_is(looseness, caplo
     peak, _ = step(model)
     assert peak <= budget
     assert recomputed(model) == min(cost for other, cost in every_choice() if other <= budget)
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.pathname == memory.__file__]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 import fastlora
 from fastlora.kernels import _cache, _tiles
-from fastlora.modules.lazy_logits import LazyLogits
+from fastlora.modules.lazy_logits import Product
 
 from .tiny import (
     VOCAB,
@@ -71,7 +71,7 @@ def test_trainer(build, tmp_path, monkeypatch):
             truth = train(exact)
         model = fastlora.patch(build(seed))
         with monkeypatch.context() as patch:
-            patch.setattr(LazyLogits, "tensor", untouched)
+            patch.setattr(Product, "compute", untouched)
             ours = train(model)
         assert len([name for name in ours if name.startswith("loss")]) == 6
         errors.add(ours, eager, truth, torch.float32)
@@ -95,7 +95,7 @@ def test_evaluate(build, tmp_path):
 @pytest.mark.parametrize("build", [llama, lambda: lora(llama())], ids=["full", "lora"])
 def test_mixed_precision_trainer(build, tmp_path, monkeypatch):
     """Accelerate keeps a wrapped forward on the instance, which outlives unpatch and must go on to work."""
-    monkeypatch.setattr(LazyLogits, "tensor", None)
+    monkeypatch.setattr(Product, "compute", None)
     model = fastlora.patch(build())
     run = trainer(model, tmp_path, bf16=True)
     run.train()

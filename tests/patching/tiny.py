@@ -10,6 +10,7 @@ from budget import FACTOR, ulp
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import fastlora
 from fastlora.modules import lora as reader
@@ -17,6 +18,8 @@ from fastlora.patching.exact import InFloat64
 
 VOCAB = 101
 MANY = 16
+# The cache of keys and values, as an argument and in outputs: transformers 5.24 renamed it.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 Tensors = dict[str, torch.Tensor]
 
 

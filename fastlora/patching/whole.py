@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache, GenerationConfig
 
 from ..budget import Budget, Figures, OverBudget
+from ..modules.quantised import is_4bit
 from ..modules.trust import CACHE
 from .exact import InFloat64, exact
 from .verification import AGAIN, CACHED, TRAINING, UNCACHED, UNFUSED, WHOLE, Check
@@ -61,6 +62,15 @@ def called(modules: Iterable[nn.Module]) -> Iterator[set[nn.Module]]:
         yield names
 
 
+def evaluating(causal: Any) -> Any:
+    """The model in inference, but for its 4-bit layers: bitsandbytes repacks their weights for good in one on a CPU."""
+    causal.eval()
+    for module in causal.modules():
+        if is_4bit(module):
+            module.train()
+    return causal
+
+
 def unsaved() -> AbstractContextManager[Any]:
     """A forward as training runs it, of which nothing is kept: there will be no backward."""
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)
@@ -104,14 +114,16 @@ def _exact_logits(causal: Any, runs: list[Seen]) -> list[torch.Tensor]:
     """The logits of recorded forwards in float64, (B, T, V) each: one layer at a time is there in float64."""
     xs = [seen.layers[0][0].double() for seen in runs]
     head = nn.ModuleDict({"norm": causal.model.norm, "lm_head": causal.lm_head})
-    with InFloat64(), torch.autocast(xs[0].device.type, enabled=False):
-        for i, layer in enumerate(causal.model.layers):
-            x, _ = runs[0].layers[i]
-            precise = exact(layer, x.dtype)
+    for i, layer in enumerate(causal.model.layers):
+        x, _ = runs[0].layers[i]
+        precise = exact(layer, x.dtype)  # outside of InFloat64, in which no 4-bit weight can be read
+        with InFloat64(), torch.autocast(x.device.type, enabled=False):
             outs = [precise(y.to(x.device), **doubled(seen.layers[i][1])) for y, seen in zip(xs, runs, strict=True)]
-            xs = [out[0] if isinstance(out, tuple) else out for out in outs]
-        precise = exact(head, runs[0].last.dtype)
-        return [precise["lm_head"](precise["norm"](x.to(runs[0].last.device))) for x in xs]
+        xs = [out[0] if isinstance(out, tuple) else out for out in outs]
+    last = runs[0].last
+    precise = exact(head, last.dtype)
+    with InFloat64(), torch.autocast(last.device.type, enabled=False):
+        return [precise["lm_head"](precise["norm"](x.to(last.device))) for x in xs]
 
 
 class Sample:
@@ -189,7 +201,9 @@ class Sample:
         given = {"attention_mask": self.mask, "position_ids": self.positions}
         self.unfused()
         with torch.no_grad():
-            truths = _exact_logits(self.causal, [record(self.causal.eval(), input_ids=ids, **given) for ids in draws])
+            truths = _exact_logits(
+                self.causal, [record(evaluating(self.causal), input_ids=ids, **given) for ids in draws]
+            )
         real = self.mask.bool()
         for ids, truth in zip(draws, truths, strict=True):
             for name, budget in budgets.items():
@@ -212,7 +226,7 @@ class Sample:
         given = {"attention_mask": self.mask, "position_ids": self.positions}
         if name in (f"logits {CACHED}", f"logits {UNCACHED}"):
             with torch.no_grad():
-                self.causal.eval()
+                evaluating(self.causal)
                 if name == f"logits {UNCACHED}":
                     return self.causal(input_ids=ids, **given, use_cache=False).logits
                 return self._over_cache(ids)
@@ -263,7 +277,7 @@ class Sample:
         self.causal.generation_config = GenerationConfig()
         try:
             mask = self.mask[:, : self.width]
-            out = self.causal.eval().generate(self.prompts, attention_mask=mask, generation_config=wanted)
+            out = evaluating(self.causal).generate(self.prompts, attention_mask=mask, generation_config=wanted)
         finally:
             self.causal.generation_config = own
         return out[:, self.width :]

@@ -25,7 +25,6 @@ from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora import variants as peft_variants
 from torch.nn.modules import module as torch_hooks
-from torch.utils._device import DeviceContext
 from transformers import masking_utils
 from transformers.activations import ACT2FN
 from transformers.loss import loss_utils
@@ -227,17 +226,10 @@ def _hooks() -> tuple[Any, ...]:
     return tuple(hook for hook in hooks if getattr(hook, "__module__", "") != "torch.utils.module_tracker")
 
 
-def _modes() -> tuple[type, ...]:
-    """The TorchFunctionModes that run, but for that of torch.set_default_device."""
-    stack = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
-    return tuple(type(mode) for mode in stack if not isinstance(mode, DeviceContext))
-
-
 def token() -> tuple[Any, ...]:
     """The identity of everything that is bypassed: equal as long as nothing in it was replaced."""
     hooks = _hooks() if _forward or _before or _backward or _before_backward else ()
-    modes = _modes() if torch._C._len_torch_function_stack() else ()
-    return _attributes(_Root), _attention["sdpa"], _masks["sdpa"], hooks, modes, transform()
+    return _attributes(_Root), _attention["sdpa"], _masks["sdpa"], hooks, transform()
 
 
 def _same_product(function: Any) -> bool:
@@ -250,8 +242,6 @@ def _answer() -> dict[str, str]:
     """By role, why it must not be bypassed; empty where all is as it was."""
     if running := transform():
         return dict.fromkeys(ROLES, f"{running} runs, for which fused operators have no rule")
-    if modes := _modes():
-        return dict.fromkeys(ROLES, f"{modes[-1].__name__}, a TorchFunctionMode, has to see every function")
     found: dict[str, str] = {}
     for entry, known in zip(BYPASSED, _known, strict=True):
         function = entry.read()

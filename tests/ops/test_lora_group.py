@@ -10,7 +10,7 @@ import pytest
 import torch
 from budget import Budget
 from masks import Drawn
-from ops.witness import DEVICE, DRAWS, FLOATS, TRITON, _figures, _leaves, called, perturbing, random_incoming
+from ops.witness import DEVICE, DRAWS, FLOATS, TRITON, _figures, _leaves, autocast, called, perturbing, random_incoming
 
 from fastlora import reference
 from fastlora.ops import Branch, Projection, lora_group
@@ -61,7 +61,7 @@ class Case(NamedTuple):
         """op on the flat tensors; the truth of what autocast rounds is not rounded."""
         if self.cast is None or tensors["x"].dtype == torch.float64:
             return self._call(tensors, op, kind, **masks)
-        with torch.autocast(DEVICE.type, self.cast):
+        with autocast(self.cast):
             return self._call(tensors, op, kind, **masks)
 
     def _call(self, tensors, op, kind, **masks):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from budget import Budget
 from masks import Drawn
-from ops.witness import DEVICE, DRAWS, FLOATS, _figures, _leaves, called, perturbing, random_incoming
+from ops.witness import DEVICE, DRAWS, FLOATS, _figures, _leaves, autocast, called, perturbing, random_incoming
 
 from fastlora import reference
 from fastlora.ops import Branch, Projection, lora_mlp
@@ -64,7 +64,7 @@ class Case(NamedTuple):
         norm = {} if self.norm is None else {"norm_weight": tensors["norm_weight"], "eps": 1e-5}
         if self.cast is None or tensors["x"].dtype == torch.float64:  # the truth is not rounded
             return (op(tensors["x"], *projections, **norm, **masks),)
-        with torch.autocast(DEVICE.type, self.cast):
+        with autocast(self.cast):
             return (op(tensors["x"], *projections, **norm, **masks),)
 
     def rate_of(self, j):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +21,13 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 DRAWS = 16
 Tensors = dict[str, torch.Tensor | None]
 Results = tuple[torch.Tensor, ...]
+
+
+@contextmanager
+def autocast(dtype: torch.dtype) -> Iterator[None]:
+    """Of the device, and of the CPU, where the eager code of an emulated GPU runs."""
+    with torch.autocast(DEVICE.type, dtype), torch.autocast("cpu", dtype):
+        yield
 
 
 def _leaves(tensors: Tensors, dtype: torch.dtype | None = None) -> Tensors:

@@ -130,6 +130,9 @@ def _kill(process: subprocess.Popen) -> None:
 def main(argv: list[str]) -> int:
     parser = new_parser("gpu", __doc__)
     parser.add_argument("--more", action="store_true", help="the second call: others, parity, other batches and bases")
+    parser.add_argument(
+        "--only", action="append", metavar="STAGE", help="this stage alone, or 'parity*'; may be repeated"
+    )
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU: does every stage run?")
     args = parser.parse_args(argv)
     if not args.rehearse and machine.default_device() != "cuda":
@@ -144,7 +147,9 @@ def main(argv: list[str]) -> int:
             os.replace(file, f"{file}.before")
         file.touch()
     runner, verdicts = Runner(results, log, args.rehearse), []
-    groups = stages.of_call(call, results, args.rehearse)
+    groups = stages.of_call(call, results, args.rehearse, args.only)
+    if not groups:
+        parser.error(f"only is {', '.join(args.only)}, needs the names of stages of this call")
     try:
         for i, group in enumerate(groups):
             left = stages.LIMITS[call] - (time.monotonic() - start)
@@ -153,7 +158,7 @@ def main(argv: list[str]) -> int:
             if left >= 10 and can:
                 follows = any(len(later) == 1 and not later[0].shell and not later[0].why for later in groups[i + 1 :])
                 verdicts += runner.run(can, min(max(stage.seconds for stage in can), left), follows)
-                if i or args.more or args.rehearse or _fastlora_runs(results):
+                if i or args.more or args.rehearse or args.only or _fastlora_runs(results):
                     continue
                 # The rest would measure what is not ours: better to keep the time, mend, and run again.
                 verdicts.append("fastlora does not run here, or not in its own tiles: nothing else was measured")

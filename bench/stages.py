@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -125,10 +127,17 @@ class _Calls:
         return Stage("memory accesses", 110, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, shell=True, why=why)
 
 
-def of_call(call: str, results: Path, rehearse: bool) -> list[tuple[Stage, ...]]:
-    """The stages of "gpu" or "gpu_more", which add their results to a file; those of a group run at once."""
+def of_call(call: str, results: Path, rehearse: bool, only: Sequence[str] | None = None) -> list[tuple[Stage, ...]]:
+    """The stages of "gpu" or "gpu_more", which add their results to a file; those of a group run at once.
+
+    only: patterns of names; others are left out.
+    """
     calls = _Calls(results, rehearse)
-    return calls.first() if call == "gpu" else calls.second()
+    groups = calls.first() if call == "gpu" else calls.second()
+    if only is None:
+        return groups
+    kept = [tuple(s for s in group if any(fnmatch(s.name, name) for name in only)) for group in groups]
+    return [group for group in kept if group]
 
 
 def _missing(package: str) -> str | None:

@@ -99,7 +99,8 @@ def _with_fallback(launcher: Callable[..., Any], aten: Callable[..., Any]) -> Ca
             except LaunchFailed as failure:
                 give_up(failure)
             except NothingLeft:
-                return aten(*args)
+                break
+        return aten(*args)  # outside of the except, which keeps alive all that the launcher has made
 
     return run
 

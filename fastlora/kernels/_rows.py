@@ -7,6 +7,7 @@ no bounds. Architecture 0 is the default, for GPUs without a row of their own.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 SCREENED = "screened"
 ANY = 1 << 62
@@ -75,20 +76,27 @@ class Row:
         return str(self.provenance)
 
 
+# The calls of Llama 2 7B with rank 16, at 1024 and 4096 tokens; where a tile won both, the time is that at 4096.
+_H200 = partial(Measured, "NVIDIA H200", "2026-11-27", "2.11.0+cu130", "3.6.0")
+
 ROWS = (
     Row("lora_gemm", 80, Tile(m=128, n=128, k=32, r=16, stages=4), m=1024),
     Row("lora_gemm", 80, Tile(m=128, n=256, k=64, r=16, warps=8, stages=4)),
-    Row("lora_gemm", 90, Tile(m=128, n=256, k=64, r=32, warps=8, stages=4), "addmm"),
+    Row("lora_gemm", 90, Tile(m=128, n=256, k=64, r=32, warps=8, stages=4), m=1024, n=4096, r=16, provenance=_H200(0.0576, "addmm", 0.0639)),
+    Row("lora_gemm", 90, Tile(m=128, n=256, k=64, r=32, warps=8, stages=4), "addmm", provenance=_H200(1.246, "triton 128×128×32 r32 8w 4s", 1.278)),
     Row("lora_gemm", 100, Tile(m=128, n=128, k=32, r=32, warps=8, stages=4), "addmm"),
     Row("lora_gemm", 0, Tile(m=128, n=128, k=32, r=32, stages=4), "addmm"),
     Row("lora_gemm_fp32", 0, Tile(m=32, n=32, k=32, r=16), "addmm"),
     Row("lora_gemm_rotary", 80, Tile(m=128, n=256, k=64, r=16, warps=8, stages=4)),
-    Row("lora_gemm_rotary", 90, Tile(m=128, n=256, k=64, r=16, warps=8, stages=4), "addmm"),
+    Row("lora_gemm_rotary", 90, Tile(m=128, n=256, k=64, r=16, warps=8, stages=4), m=1024, provenance=_H200(0.1648, "addmm", 0.1746)),
+    Row("lora_gemm_rotary", 90, Tile(m=128, n=256, k=64, r=16, warps=8, stages=4), "addmm", provenance=_H200(0.6344, "triton 128×256×64 r16 8w 4s", 0.6778)),
     Row("lora_gemm_rotary", 0, Tile(m=128, n=128, k=32, r=32, warps=8, stages=4), "addmm"),
     Row("lora_gemm_rotary_fp32", 0, Tile(m=16, n=128, k=16, r=16, warps=8), "addmm"),
     Row("lora_gemm_t", 80, Tile(m=128, n=128, k=32, r=16, stages=4), m=1024),
     Row("lora_gemm_t", 80, Tile(m=128, n=256, k=64, r=16, warps=8, stages=4)),
-    Row("lora_gemm_t", 90, Tile(m=128, n=256, k=64, r=32, warps=8, stages=4), "addmm"),
+    Row("lora_gemm_t", 90, Tile(m=128, n=256, k=64, r=32, warps=8, stages=4), m=1024, provenance=_H200(0.2603, "triton 128×128×32 r16 8w 4s", 0.2703)),
+    Row("lora_gemm_t", 90, Tile(m=128, n=256, k=64, r=32, warps=8, stages=4), r=16, provenance=_H200(0.5653, "triton 128×256×32 r16 8w 4s", 0.573)),
+    Row("lora_gemm_t", 90, Tile(m=128, n=256, k=32, r=16, warps=8, stages=4), provenance=_H200(1.0324, "addmm", 1.0588)),
     Row("lora_gemm_t", 0, Tile(m=128, n=128, k=32, r=32, stages=4), "addmm"),
     Row("lora_gemm_t_fp32", 0, Tile(m=32, n=32, k=32, r=16), "addmm"),
     Row("lora_gemm_t_dropout", 80, Tile(m=64, n=128, k=32, r=32, warps=8, stages=4)),
@@ -110,12 +118,14 @@ ROWS = (
     Row("lora_project_dropout_fp32", 0, Tile(m=16, k=32, r=16)),
     Row("lora_project_t", 80, Tile(m=16, k=128, stages=3), m=1024, r=48),
     Row("lora_project_t", 80, Tile(m=32, k=128, stages=3)),
-    Row("lora_project_t", 90, Tile(m=32, k=64, stages=3)),
+    Row("lora_project_t", 90, Tile(m=32, k=128, stages=3), m=1024, provenance=_H200(0.0234, "triton 16×128 r64 4w 3s", 0.0243)),
+    Row("lora_project_t", 90, Tile(m=64, k=128, stages=3), provenance=_H200(0.0652, "triton 32×128 r64 4w 3s", 0.0675)),
     Row("lora_project_t", 0, Tile(m=32, k=128, stages=3)),
     Row("lora_project_t_fp32", 0, Tile(m=16, k=32, r=16)),
     Row("rms_norm_project", 80, Tile(m=16, k=128, stages=3), r=48),
     Row("rms_norm_project", 80, Tile(m=32, k=128, stages=3), m=512),
     Row("rms_norm_project", 80, Tile(m=64, k=64, stages=3)),
+    Row("rms_norm_project", 90, Tile(m=32, k=128, stages=3), "aten", provenance=_H200(0.0395, "triton 32×128 r64 4w 3s", 0.076)),
     Row("rms_norm_project", 0, Tile(m=32, k=128, stages=3)),
     Row("rms_norm_project_fp32", 0, Tile(m=16, k=32, r=16)),
     Row("rms_norm_project_dropout", 80, Tile(m=16, k=64, r=32, stages=3), m=1024, r=48),
@@ -127,7 +137,7 @@ ROWS = (
     Row("swiglu_project", 80, Tile(m=16, k=128, stages=3), r=48),
     Row("swiglu_project", 80, Tile(m=16, k=128, stages=3), m=1024),
     Row("swiglu_project", 80, Tile(m=32, k=128, stages=3)),
-    Row("swiglu_project", 90, Tile(m=32, k=128)),
+    Row("swiglu_project", 90, Tile(m=32, k=128), "aten", provenance=_H200(0.1025, "triton 32×64 r64 4w 2s", 0.2816)),
     Row("swiglu_project", 100, Tile(m=32, k=64, stages=3)),
     Row("swiglu_project", 0, Tile(m=32, k=128, stages=3)),
     Row("swiglu_project_fp32", 0, Tile(m=16, k=32, r=16)),
@@ -135,10 +145,12 @@ ROWS = (
     Row("swiglu_project_dropout", 80, Tile(m=32, k=64, r=32, stages=3)),
     Row("swiglu_project_dropout", 0, Tile(m=32, k=64, r=32, stages=3)),
     Row("swiglu_project_dropout_fp32", 0, Tile(m=16, k=32, r=16)),
+    Row("lora_reduce", 90, Tile(m=64, n=128, stages=3), provenance=_H200(0.0197, "triton 64×64 r64 4w 3s", 0.0209)),
     Row("lora_reduce", 0, Tile(m=64, n=128, stages=3)),
     Row("lora_reduce_fp32", 0, Tile(m=32, n=32, r=16)),
     Row("lora_reduce_dropout", 0, Tile(m=32, n=64, r=32)),
     Row("lora_reduce_dropout_fp32", 0, Tile(m=16, n=32, r=16)),
+    Row("rms_norm_reduce", 90, Tile(m=64, n=128, stages=3), provenance=_H200(0.056, "triton 64×64 r64 4w 3s", 0.057)),
     Row("rms_norm_reduce", 0, Tile(m=64, n=128, stages=3)),
     Row("rms_norm_reduce_fp32", 0, Tile(m=32, n=32, r=16)),
     Row("rms_norm_reduce_dropout", 0, Tile(m=32, n=64, r=16)),
@@ -150,6 +162,8 @@ ROWS = (
     Row("swiglu_reduce_fp32", 0, Tile(m=16, n=32, r=16)),
     Row("swiglu_reduce_dropout", 0, Tile(m=32, n=64, r=16, warps=8)),
     Row("swiglu_reduce_dropout_fp32", 0, Tile(m=16, n=32, r=16)),
+    Row("lora_reduce_t", 90, Tile(m=64, n=128, warps=8, stages=3), m=1024, provenance=_H200(0.0178, "triton 64×128 r64 4w 3s", 0.0179)),
+    Row("lora_reduce_t", 90, Tile(m=64, n=64, stages=3), provenance=_H200(0.0396, "triton 64×64 r64 8w 3s", 0.04)),
     Row("lora_reduce_t", 0, Tile(m=64, n=128, warps=8, stages=3)),
     Row("lora_reduce_t_fp32", 0, Tile(m=32, n=32, r=16)),
     Row("swiglu", 0, Tile(n=1024)),
@@ -160,6 +174,7 @@ ROWS = (
     Row("flash_attention_fwd_d64", 100, Tile(m=64, n=64, warps=8)),
     Row("flash_attention_fwd_d64", 0, Tile(m=128, n=64, warps=8, stages=3)),
     Row("flash_attention_fwd_d64_fp32", 0, Tile(m=64, n=32, warps=8, stages=1)),
+    Row("flash_attention_fwd_d128", 90, Tile(m=64, n=64, stages=3), provenance=_H200(0.3479, "triton 128×64 r64 8w 3s", 0.3511)),
     Row("flash_attention_fwd_d128", 0, Tile(m=128, n=64, warps=8, stages=3)),
     Row("flash_attention_fwd_d128_fp32", 80, Tile(m=32, n=32, warps=8, stages=1)),
     Row("flash_attention_fwd_d128_fp32", 0, Tile(m=32, n=16, warps=8, stages=1)),
@@ -169,6 +184,7 @@ ROWS = (
     Row("flash_attention_fwd_d128_padded", 0, Tile(m=128, n=32, warps=8, stages=3)),
     Row("flash_attention_dq_d64", 0, Tile(m=64, n=32, stages=3)),
     Row("flash_attention_dq_d64_fp32", 0, Tile(m=32, n=32, warps=8, stages=1)),
+    Row("flash_attention_dq_d128", 90, Tile(m=64, n=64), provenance=_H200(1.3095, "triton 64×32 r64 4w 3s", 1.3146)),
     Row("flash_attention_dq_d128", 0, Tile(m=64, n=32)),
     Row("flash_attention_dq_d128_fp32", 80, Tile(m=16, n=16, stages=1)),
     Row("flash_attention_dq_d128_fp32", 0, Tile(m=16, n=16, warps=8, stages=1)),
@@ -179,7 +195,7 @@ ROWS = (
     Row("flash_attention_dq_d256_fp32", 0, Tile(m=16, n=16, stages=1)),
     Row("flash_attention_dkdv_d64", 0, Tile(m=32, n=128, warps=8)),
     Row("flash_attention_dkdv_d64_fp32", 0, Tile(m=32, n=16, warps=8, stages=1)),
-    Row("flash_attention_dkdv_d128", 90, Tile(m=16, n=128, warps=8, stages=3)),
+    Row("flash_attention_dkdv_d128", 90, Tile(m=16, n=128, warps=8, stages=3), provenance=_H200(1.3137, "triton 64×64 r64 8w 2s", 1.5381)),
     Row("flash_attention_dkdv_d128", 100, Tile(m=16, n=64, warps=8)),
     Row("flash_attention_dkdv_d128", 0, Tile(m=64, n=64, warps=8)),
     Row("flash_attention_dkdv_d128_fp32", 90, Tile(m=16, n=16, warps=8, stages=1)),
@@ -214,6 +230,7 @@ ROWS = (
     Row("flash_attention_dkdv_d128_dropout_fp32", 0, Tile(m=16, n=32, warps=8, stages=1)),
     Row("flash_attention_dkdv_d256_dropout", 0, Tile(m=32, n=32, warps=8)),
     Row("flash_attention_dkdv_d256_dropout_fp32", 0, Tile(m=16, n=16, warps=8, stages=1)),
+    Row("cross_entropy", 90, Tile(n=8192, warps=8), provenance=_H200(0.234, "triton 4096 8w", 0.2427)),
     Row("cross_entropy", 0, Tile(n=4096, warps=8)),
     # Which attention runs, and on a CPU: docs/decisions/attention.md.
     Row("attention", 90, Tile(), "flash_attention_3"),

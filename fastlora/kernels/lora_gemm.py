@@ -94,15 +94,11 @@ def _lora_gemm_kernel(
 
 
 @triton.jit
-def _lora_gemm_t_kernel(
-    p_dy, p_w, p_ds, p_a, p_mask, p_dx, M, K, K8, N,
-    RANKS: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+def _add_low(
+    acc, p_ds, p_a, p_mask, o_m, o_n, M, K, K8,
+    RANKS: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    i_m, i_n = swizzle(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), 8)
-    o_m = ((i_m * BLOCK_M + tl.arange(0, BLOCK_M)) % M).to(tl.int64)
-    o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)) % K
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    """acc + Σ_g mask_g ∘ (ds_g A_g), rows o_m (int64) and columns o_n, all of them inside."""
     first = 0
     for g in tl.static_range(len(RANKS)):
         for i_r in tl.range(0, RANKS[g], BLOCK_R, num_stages=1):
@@ -117,6 +113,34 @@ def _lora_gemm_t_kernel(
             else:
                 acc = tl.dot(b_ds, b_a, acc, input_precision=PRECISION)
         first += RANKS[g]
+    return acc
+
+
+@triton.jit
+def _lora_low_kernel(
+    p_ds, p_a, p_mask, p_low, M, K, K8,
+    RANKS: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    o_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    acc = _add_low(acc, p_ds, p_a, p_mask, o_m % M, o_n % K, M, K, K8, RANKS, R, MASKED, PRECISION, BLOCK_R)
+    m = (o_m[:, None] < M) & (o_n[None, :] < K)
+    tl.store(p_low + o_m[:, None] * K + o_n[None, :], acc.to(p_low.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _lora_gemm_t_kernel(
+    p_dy, p_w, p_ds, p_a, p_mask, p_dx, M, K, K8, N,
+    RANKS: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    i_m, i_n = swizzle(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), 8)
+    o_m = ((i_m * BLOCK_M + tl.arange(0, BLOCK_M)) % M).to(tl.int64)
+    o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)) % K
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    acc = _add_low(acc, p_ds, p_a, p_mask, o_m, o_n, M, K, K8, RANKS, R, MASKED, PRECISION, BLOCK_R)
     o_k = tl.arange(0, BLOCK_K)
     for i in tl.static_range(len(p_dy)):
         n = N[i]
@@ -226,7 +250,8 @@ def lora_gemm_t(
     kernel = "lora_gemm_t_dropout" if any(masked) else "lora_gemm_t"
     choice = choose(kernel, dy[0], m=M, n=K, k=sum(N), r=sum(ranks), p=len(N))
     if choice.method != "triton":
-        return _gemm_t_aten(dy, w, ds, a, masks, dtype)
+        wide = dtype not in (None, dy[0].dtype)
+        return (_gemm_t_masked if any(masked) and not wide else _gemm_t_aten)(dy, w, ds, a, masks, dtype)
     dx = dy[0].new_empty(M, K, dtype=dtype)
     t = choice.tile
     launch(
@@ -288,6 +313,29 @@ def _gemm_t_aten(dy, w, ds, a, masks, dtype=None):
             dx.addmm_(left, right.to(left.dtype))
         else:
             dx += apply_mask(left @ right.to(left.dtype), mask)
+    return dx
+
+
+def _gemm_t_masked(dy, w, ds, a, masks, dtype):
+    """Σ mask ∘ (ds A) first, by one kernel, and the library's GEMMs on top of it."""
+    M, K = dy[0].shape[0], w[0].shape[1]
+    ranks = tuple(one.shape[0] for one in a)
+    dx = dy[0].new_empty(M, K)
+    launch(
+        _lora_low_kernel,
+        (cdiv(M, 64), cdiv(K, 128)),
+        *(ds, tuple(a), tuple(masks), dx, M, K, cdiv(K, 8)),
+        RANKS=ranks,
+        R=sum(ranks),
+        MASKED=tuple(mask is not None for mask in masks),
+        PRECISION=dot_precision(ds.dtype),
+        BLOCK_M=64,
+        BLOCK_N=128,
+        BLOCK_R=block_r(max(ranks), 32),
+        num_warps=8,
+    )
+    for left, right in zip(dy, w, strict=True):
+        dx.addmm_(left, right)
     return dx
 
 

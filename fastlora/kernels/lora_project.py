@@ -117,13 +117,19 @@ def block_r(R: int, most: int) -> int:
     return min(most, max(16, next_power_of_2(R)))
 
 
-def _project(name, prologue, x, up, weight, eps, n, rstd, a, scale, masks):
+def _choose(name, x, a, masks):
+    """Before anything is made: where the composition is the choice, it makes its own."""
+    dropout = any(mask is not None for mask in masks)
+    R = sum(one.shape[0] for one in a)
+    return choose(f"{name}_dropout" if dropout else name, x, m=x.shape[0], k=x.shape[1], r=R, p=len(a))
+
+
+def _project(choice, prologue, x, up, weight, eps, n, rstd, a, scale, masks):
     M, K = x.shape
     ranks = tuple(one.shape[0] for one in a)
     R = sum(ranks)
     s = n.new_empty(M, R)
     masked = tuple(mask is not None for mask in masks)
-    choice = choose(name + "_dropout" if any(masked) else name, x, m=M, k=K, r=R, p=len(ranks))
     t = choice.tile
     br = block_r(R, t.r)
     # Several A are read as one: stacking them is one small launch, reading them apart would crowd shared memory.
@@ -151,7 +157,8 @@ Masks = Sequence[torch.Tensor | None]
 
 def lora_project(x: torch.Tensor, a: Tensors, scale: Sequence[float], masks: Masks) -> torch.Tensor:
     """s (M, ΣR): s_g = scale_g · (mask_g ∘ x) A_gᵀ, accumulated in fp32, in the dtype of x."""
-    return _project("lora_project", _NONE, x, None, None, 0.0, x, None, a, scale, masks)
+    choice = _choose("lora_project", x, a, masks)
+    return _project(choice, _NONE, x, None, None, 0.0, x, None, a, scale, masks)
 
 
 def rms_norm_project(
@@ -164,17 +171,19 @@ def rms_norm_project(
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """n (M, K) = rms_norm(x) in dtype, rstd (M,) fp32, and s of n."""
+    choice = _choose("rms_norm_project", x, a, masks)
     n = torch.empty_like(x, dtype=dtype)
     rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    return n, rstd, _project("rms_norm_project", _RMS_NORM, x, None, weight, eps, n, rstd, a, scale, masks)
+    return n, rstd, _project(choice, _RMS_NORM, x, None, weight, eps, n, rstd, a, scale, masks)
 
 
 def swiglu_project(
     gate: torch.Tensor, up: torch.Tensor, a: Tensors, scale: Sequence[float], masks: Masks
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """h (M, F) = silu(gate) · up, and s of h."""
+    choice = _choose("swiglu_project", gate, a, masks)
     h = torch.empty_like(gate)
-    return h, _project("swiglu_project", _SWIGLU, gate, up, None, 0.0, h, None, a, scale, masks)
+    return h, _project(choice, _SWIGLU, gate, up, None, 0.0, h, None, a, scale, masks)
 
 
 def lora_project_t(dy: Tensors, b: Tensors, scale: Sequence[float]) -> torch.Tensor:
@@ -203,7 +212,7 @@ def lora_project_t(dy: Tensors, b: Tensors, scale: Sequence[float]) -> torch.Ten
 
 def _product(x, a, scale):
     """scale · x Aᵀ with one rounding."""
-    return torch.addmm(x.new_zeros(1), x, a.t().to(x.dtype), beta=0, alpha=scale)
+    return torch.addmm(x.new_empty(1), x, a.t().to(x.dtype), beta=0, alpha=scale)
 
 
 def _project_aten(x, a, scale, masks):

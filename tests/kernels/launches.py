@@ -5,6 +5,7 @@ import os
 import torch
 
 from fastlora.kernels import (
+    _tiles,
     dequantize_4bit,
     dropout,
     flash_attention,
@@ -195,6 +196,7 @@ for dtype, masters, r, dropped in ADAPTERS:
 def resources(arch: int, name: str, skip=None) -> list[Compiled]:
     """What LAUNCHES[name] compiles to, for all models; in a process of its own."""
     os.environ["FASTLORA_GEMM"] = "triton"
+    _tiles.ATEN = ""  # tiles, too, of kernels in whose place a composition serves
     function, arguments = LAUNCHES[name]
     with compiling(arch, skip) as compiled:
         for model in MODELS:

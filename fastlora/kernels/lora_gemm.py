@@ -323,15 +323,15 @@ def _gemm_t_masked(dy, w, ds, a, masks, dtype):
     dx = dy[0].new_empty(M, K)
     launch(
         _lora_low_kernel,
-        (cdiv(M, 64), cdiv(K, 128)),
+        (cdiv(M, 32), cdiv(K, 128)),
         *(ds, tuple(a), tuple(masks), dx, M, K, cdiv(K, 8)),
         RANKS=ranks,
         R=sum(ranks),
         MASKED=tuple(mask is not None for mask in masks),
         PRECISION=dot_precision(ds.dtype),
-        BLOCK_M=64,
+        BLOCK_M=32,
         BLOCK_N=128,
-        BLOCK_R=block_r(max(ranks), 32),
+        BLOCK_R=block_r(max(ranks), 16),
         num_warps=8,
     )
     for left, right in zip(dy, w, strict=True):

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+_PARITY = 150.0  # seconds of everything that compares
 # Seconds of each call in all.
 LIMITS = {"gpu": 420.0, "gpu_more": 300.0}
 
@@ -75,7 +76,7 @@ class _Calls:
             Stage("products", 75, self.ops(0.3, "lora_gemm lora_gemm_t")),
             Stage("attention", 55, self.ops(0.3, "attention attention_masked", "fastlora,sdpa,varlen,flash-attn")),
             *host_bound,
-            Stage("7B step, dropout", 40, self.step(5, "peft,fastlora", "--dropout", "0.05")),
+            Stage("7B step, dropout", 40, self.step(5, "peft,fastlora", "--profile", "--dropout", "0.05")),
             Stage("tuning", 80, ("tune", *self.into, "--seconds", "0.2", *tuned)),
         ]
         return [(stage,) for stage in alone]
@@ -105,7 +106,7 @@ class _Calls:
         """Of the models of ``bench parity``, a process for each dtype and size."""
         sizes = [("--quick",)] if self.rehearse else [("--model", "l7b"), ("--model", "mini")]
         return [
-            Stage(f"parity of models, {' '.join([*size[1:], dtype])}", 110,
+            Stage(f"parity of models, {' '.join([*size[1:], dtype])}", _PARITY,
                   ("parity", *self.into, "--dtype", dtype, *size))
             for dtype in ("bfloat16", "float16", "float32")
             for size in sizes
@@ -115,8 +116,10 @@ class _Calls:
         tests = "tests/ops/test_swiglu.py" if self.rehearse else "tests/ops"
         workers = ("-n", "10", "--dist", "worksteal") if find_spec("xdist") and not self.rehearse else ()
         options = ("--tb=short", "--disable-warnings", "-p", "no:cacheprovider", *workers)
-        command = (sys.executable, "-m", "pytest", tests, "--device", self.device, *options)
-        return Stage("parity of operators", 110, command, shell=True, why=_missing("pytest"))
+        # Interrupted a little before it is killed, pytest tells what has failed so far.
+        limit = ("timeout", "-s", "INT", f"{_PARITY - 10:.0f}") if shutil.which("timeout") else ()
+        command = (*limit, sys.executable, "-m", "pytest", tests, "--device", self.device, *options)
+        return Stage("parity of operators", _PARITY, command, shell=True, why=_missing("pytest"))
 
     def _sanitizer(self) -> Stage:
         """Training steps and decoding of a tiny model, every access to memory checked."""
@@ -124,7 +127,7 @@ class _Calls:
         sanitizer = () if self.rehearse else (found or "", "--error-exitcode", "9")
         command = (*sanitizer, sys.executable, "-m", "bench", "parity", *self.into, "--quick")
         why = None if self.rehearse or found else "there is no compute-sanitizer"
-        return Stage("memory accesses", 110, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, shell=True, why=why)
+        return Stage("memory accesses", _PARITY, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, shell=True, why=why)
 
 
 def of_call(call: str, results: Path, rehearse: bool, only: Sequence[str] | None = None) -> list[tuple[Stage, ...]]:

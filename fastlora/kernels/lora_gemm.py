@@ -95,10 +95,10 @@ def _lora_gemm_kernel(
 
 @triton.jit
 def _add_low(
-    acc, p_ds, p_a, p_mask, o_m, o_n, M, K, K8,
+    acc, p_ds, p_a, p_mask, o_m, o_n, i_n, M, K, K8,
     RANKS: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """acc + Σ_g mask_g ∘ (ds_g A_g), rows o_m (int64) and columns o_n, all of them inside."""
+    """acc + Σ_g mask_g ∘ (ds_g A_g), rows o_m (int64) and columns o_n, from i_n on; those past the edge read others."""
     first = 0
     for g in tl.static_range(len(RANKS)):
         for i_r in tl.range(0, RANKS[g], BLOCK_R, num_stages=1):
@@ -108,7 +108,7 @@ def _add_low(
             p = p_a[g] + o_r[:, None].to(tl.int64) * K + o_n[None, :]
             b_a = tl.load(p, mask=m_r[:, None], other=0.0).to(b_ds.dtype)
             if MASKED[g]:
-                b_kept = keep(p_mask[g], o_m, o_n, o_m < M, o_n < K, K8)
+                b_kept = keep(p_mask[g], o_m, o_m < M, i_n, K8, acc.shape[1])
                 acc += tl.where(b_kept, tl.dot(b_ds, b_a, input_precision=PRECISION), 0.0)
             else:
                 acc = tl.dot(b_ds, b_a, acc, input_precision=PRECISION)
@@ -123,9 +123,10 @@ def _lora_low_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     o_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i_n = tl.program_id(1) * BLOCK_N
+    o_n = i_n + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    acc = _add_low(acc, p_ds, p_a, p_mask, o_m % M, o_n % K, M, K, K8, RANKS, R, MASKED, PRECISION, BLOCK_R)
+    acc = _add_low(acc, p_ds, p_a, p_mask, o_m % M, o_n % K, i_n, M, K, K8, RANKS, R, MASKED, PRECISION, BLOCK_R)
     m = (o_m[:, None] < M) & (o_n[None, :] < K)
     tl.store(p_low + o_m[:, None] * K + o_n[None, :], acc.to(p_low.dtype.element_ty), mask=m)
 
@@ -140,7 +141,8 @@ def _lora_gemm_t_kernel(
     o_m = ((i_m * BLOCK_M + tl.arange(0, BLOCK_M)) % M).to(tl.int64)
     o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)) % K
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    acc = _add_low(acc, p_ds, p_a, p_mask, o_m, o_n, M, K, K8, RANKS, R, MASKED, PRECISION, BLOCK_R)
+    i_col = i_n * BLOCK_N
+    acc = _add_low(acc, p_ds, p_a, p_mask, o_m, o_n, i_col, M, K, K8, RANKS, R, MASKED, PRECISION, BLOCK_R)
     o_k = tl.arange(0, BLOCK_K)
     for i in tl.static_range(len(p_dy)):
         n = N[i]

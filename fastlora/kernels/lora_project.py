@@ -21,19 +21,23 @@ _NONE, _RMS_NORM, _SWIGLU = 0, 1, 2
 
 @triton.jit
 def _dot_branches(
-    acc, b_x, b_a, o_m, m_m, o_k, m_k, o_r, K8, p_mask,
+    acc, b_x, b_a, o_m, m_m, i_k, o_r, K8, p_mask,
     RANKS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + Σ_g (mask_g ∘ b_x) A_gᵀ, the A_gᵀ side by side in b_a."""
-    first = 0
+    first, plain = 0, 0
     for g in tl.static_range(len(RANKS)):
         if MASKED[g]:
             m_g = ((o_r >= first) & (o_r < first + RANKS[g]))[None, :]
-            b_kept = tl.where(keep(p_mask[g], o_m, o_k, m_m, m_k, K8), b_x, 0.0).to(b_x.dtype)
+            b_kept = tl.where(keep(p_mask[g], o_m, m_m, i_k, K8, b_x.shape[1]), b_x, 0.0).to(b_x.dtype)
             acc = tl.dot(b_kept, tl.where(m_g, b_a, 0.0).to(b_x.dtype), acc, input_precision=PRECISION)
             b_a = tl.where(m_g, 0.0, b_a).to(b_x.dtype)
+        else:
+            plain += 1
         first += RANKS[g]
-    return tl.dot(b_x, b_a, acc, input_precision=PRECISION)
+    if plain > 0:
+        acc = tl.dot(b_x, b_a, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -73,7 +77,7 @@ def _lora_project_kernel(
         if R > 0:
             m_a = (o_r < R)[None, :] & m_k[:, None]
             b_a = tl.load(p_a + o_r[None, :].to(tl.int64) * K + o_k[:, None], mask=m_a, other=0.0).to(b_x.dtype)
-            acc = _dot_branches(acc, b_x, b_a, o_m, m_m, o_k, m_k, o_r, K8, p_mask, RANKS, MASKED, PRECISION)
+            acc = _dot_branches(acc, b_x, b_a, o_m, m_m, i_k, o_r, K8, p_mask, RANKS, MASKED, PRECISION)
     if R > 0:
         b_scale = tl.zeros([BLOCK_R], dtype=tl.float32)
         first = 0

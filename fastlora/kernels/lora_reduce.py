@@ -22,20 +22,24 @@ from .rms_norm import rms_norm_bwd
 
 @triton.jit
 def dot_kept(
-    acc, b_ds, b_x, o_m, m_m, o_k, m_k, o_r, K8, p_mask,
+    acc, b_ds, b_x, o_m, m_m, i_k, o_r, K8, p_mask,
     RANKS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + Σ_g ds_gᵀ (mask_g ∘ b_x), the ds_gᵀ one below the other in b_ds."""
-    first = 0
+    first, plain = 0, 0
     for g in tl.static_range(len(RANKS)):
         if MASKED[g]:
             m_g = (o_r >= first) & (o_r < first + RANKS[g])
             b_g = tl.where(m_g[:, None], b_ds, 0.0).to(b_ds.dtype)
-            b_kept = tl.where(keep(p_mask[g], o_m, o_k, m_m, m_k, K8), b_x, 0.0).to(b_x.dtype)
+            b_kept = tl.where(keep(p_mask[g], o_m, m_m, i_k, K8, b_x.shape[1]), b_x, 0.0).to(b_x.dtype)
             acc = tl.dot(b_g, b_kept, acc, input_precision=PRECISION)
             b_ds = tl.where(m_g[:, None], 0.0, b_ds).to(b_ds.dtype)
+        else:
+            plain += 1
         first += RANKS[g]
-    return tl.dot(b_ds, b_x, acc, input_precision=PRECISION)
+    if plain > 0:
+        acc = tl.dot(b_ds, b_x, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -44,7 +48,8 @@ def _lora_reduce_kernel(
     RANKS: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    o_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    i_k = tl.program_id(0) * BLOCK_K
+    o_k = i_k + tl.arange(0, BLOCK_K)
     o_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     i_split = tl.program_id(2).to(tl.int64)
     m_k, m_r = o_k < K, o_r < R
@@ -59,7 +64,7 @@ def _lora_reduce_kernel(
         if p_rstd is not None:
             b_rstd = tl.load(p_rstd + o_m, mask=m_m, other=0.0)
             b_x = normalised(b_x, b_rstd, b_w).to(b_ds.dtype)
-        acc = dot_kept(acc, b_ds, b_x, o_m, m_m, o_k, m_k, o_r, K8, p_mask, RANKS, MASKED, PRECISION)
+        acc = dot_kept(acc, b_ds, b_x, o_m, m_m, i_k, o_r, K8, p_mask, RANKS, MASKED, PRECISION)
     p = p_partial + (i_split * R + o_r[:, None]) * K + o_k[None, :]
     tl.store(p, acc, mask=m_r[:, None] & m_k[None, :])
 

@@ -28,7 +28,8 @@ def _swiglu_bwd_reduce_kernel(
     RANKS: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr, R_GATE: tl.constexpr, R_UP: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i_n = tl.program_id(0) * BLOCK_N
+    o_n = i_n + tl.arange(0, BLOCK_N)
     o_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     i_split = tl.program_id(2).to(tl.int64)
     m_n = o_n < F
@@ -49,7 +50,7 @@ def _swiglu_bwd_reduce_kernel(
         if R > 0:
             b_ds = tl.load(p_ds + o_m[None, :] * R + o_r[:, None], mask=m_m[None, :] & (o_r < R)[:, None], other=0.0)
             b_h = silu_mul(b_gate, b_up)
-            acc_a = dot_kept(acc_a, b_ds, b_h, o_m, m_m, o_n, m_n, o_r, F8, p_mask, RANKS, MASKED, PRECISION)
+            acc_a = dot_kept(acc_a, b_ds, b_h, o_m, m_m, i_n, o_r, F8, p_mask, RANKS, MASKED, PRECISION)
         p_sm = p_s + o_m[None, :] * (R_GATE + R_UP) + o_r[:, None]
         if R_GATE > 0:
             b_s = tl.load(p_sm, mask=m_m[None, :] & (o_r < R_GATE)[:, None], other=0.0)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ._tiles import Choice, LaunchFailed
+from ._tiles import Choice, LaunchFailed, tf32
 
 try:
     import triton
@@ -122,7 +122,7 @@ def next_power_of_2(n: int) -> int:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """What tl.dot does with fp32 operands: the user's own ``torch.backends.cuda.matmul`` setting."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if dtype == torch.float32 and tf32() else "ieee"
 
 
 @triton.jit

@@ -187,3 +187,24 @@ def test_asking_again_is_a_look_up():
     choose("lora_gemm", X, m=4096, n=4096, k=4096, r=16, p=1)
     after = _tiles._choose.cache_info()
     assert (after.hits, after.misses) == (before.hits + 1, before.misses)
+
+
+@pytest.mark.parametrize("kernel", ["lora_gemm", "lora_gemm_t_dropout", "lora_project", "rms_norm_reduce"])
+def test_on_a_gpu_fp32_products_are_the_librarys(kernel, monkeypatch):
+    """Which adds up in parts; not where the tensor cores round more than either, nor where the user wants the kernel."""
+    call = Call(kernel, torch.float32, torch.device("cuda"), 64, 64, 64, 16, 1)
+    monkeypatch.setattr(_tiles, "_measured", lambda call: None)
+    monkeypatch.setattr(_tiles, "tf32", lambda: False)
+    with _tiles.assumed_arch(90):
+        assert _tiles.answer(call).method == "aten"
+        assert _tiles.answer(call._replace(dtype=torch.bfloat16)).source != _tiles.answer(call).source
+        assert _tiles.answer(call._replace(kernel="flash_attention_fwd_d64")).method == "triton"
+        assert _tiles.answer(call._replace(device=torch.device("cpu"))).method != "aten", (
+            "tests of the kernels run there"
+        )
+        if kernel == "lora_gemm":
+            monkeypatch.setenv("FASTLORA_GEMM", "triton")
+            assert _tiles.answer(call).method == "triton"
+            monkeypatch.delenv("FASTLORA_GEMM")
+        monkeypatch.setattr(_tiles, "tf32", lambda: True)
+        assert _tiles.answer(call).method != "aten"

@@ -136,11 +136,13 @@ def _commit() -> str:
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
+    if given := os.environ.get("GIT_COMMIT"):  # of a copy of the tree, whose history may be another's
+        return given
     try:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "fastlora", "csrc")
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):  # a copy of the tree without its history
-        return os.environ.get("GIT_COMMIT", "unknown")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _csrc() -> str:

@@ -117,23 +117,32 @@ def _pictures(drawn: dict[str, str], folder: str, names: Iterable[str]) -> list[
 
 
 def machine_text(machines: list[Record]) -> str:
-    """Who, when and with what, once for each machine line that differs in more than commit and date."""
+    """Who, when and with what, once for each machine line that differs in more than commit, date and extra packages."""
     seen: dict[str, list[Record]] = {}
     for m in machines:
+        versions = dict(m["versions"])
+        for other in machines:  # a package that only some of the runs had
+            if all(versions.get(name, v) == v for name, v in other["versions"].items()):
+                versions |= other["versions"]
         gpu = m.get("gpu")
         name = (
             f"{gpu['name']}, {gpu['memory'] / 2**30:.0f} GiB, {gpu['limits']}"
             if gpu
             else f"{m['cpu']['name']}, {m['cpu']['cores']} cores ({', '.join(m['cpu']['flags'])})"
         )
-        versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
+        words = ", ".join(f"{name} {versions[name]}" for name in sorted(versions, key=_position))
         native = "" if gpu else f" C++ kernels: {m['csrc']}."
-        seen.setdefault(f"{name}. {versions}.{native}", []).append(m)
+        seen.setdefault(f"{name}. {words}.{native}", []).append(m)
     texts = []
     for text, same in seen.items():
         commits = ", ".join(dict.fromkeys(m["commit"] for m in same))
         texts.append(f"{text} Measured at {commits} on {', '.join(dict.fromkeys(m['time'][:10] for m in same))}.")
     return "\n\n".join(textwrap.fill(text, 118, break_on_hyphens=False) for text in texts)
+
+
+def _position(package: str) -> tuple[int, str]:
+    first = ("torch", "triton", "transformers", "peft")
+    return (first.index(package) if package in first else len(first), package)
 
 
 def figures(records: list[Record]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
 from . import profiling
 from .record import Record, group, grouped, table
@@ -46,10 +45,15 @@ def train_step(records: list[Record]) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def _timed(records: list[Record]) -> Iterable[tuple[Key, list[Record]]]:
-    for key, some in grouped(records, "train_step").items():
-        if any(r.get("ms") for r in some):
-            yield key, some
+def _timed(records: list[Record]) -> list[tuple[Key, list[Record]]]:
+    """The settings with times; the deepest models, the most tokens and the longest rows first."""
+    timed = [(key, some) for key, some in grouped(records, "train_step").items() if any(r.get("ms") for r in some)]
+
+    def size(one: tuple[Key, list[Record]]) -> tuple[int, int, int, bool]:
+        shape, mode = one[1][0]["shape"], one[0][4]
+        return -shape["layers"], -shape["B"] * shape["T"], shape["B"], bool(mode)
+
+    return sorted(timed, key=size)
 
 
 def _row(r: Record, peft: float | None) -> tuple[str, ...]:
@@ -93,6 +97,8 @@ def summary(records: list[Record]) -> str:
     for key, some in _timed(records):
         ms = {r["provider"]: r["ms"]["median"] for r in some if r.get("ms")}
         best = [min((ms[name] for name in names if name in ms), default=None) for names in _COLUMNS.values()]
+        if not any(best[-2:]):  # ways of ours among themselves
+            continue
         cells = [f"{one:,.0f}" if one else "" for one in best]
         for ours, theirs in ((-2, 0), (-1, 1)):
             if best[ours]:
@@ -128,8 +134,9 @@ def _against(measured: float | None, planned: float | None) -> str:
 
 
 def profiles(records: list[Record]) -> str:
-    """Where the time goes: milliseconds by kind of kernel for every provider, and the kernels that take most."""
-    parts = []
+    """Where the time goes: milliseconds by kind of kernel of every provider, and the longest kernels of one setting."""
+    parts: list[str] = []
+    kernels: list[str] = []  # of the largest setting
     for key, some in _timed(records):
         profiled = [r for r in some if r.get("profile")]
         if not profiled:
@@ -149,8 +156,9 @@ def profiles(records: list[Record]) -> str:
         device = profiled[0]["profile"]["device"]
         busy, calls = ("GPU busy", "launches") if device == "cuda" else ("profiled step", "operators")
         parts += [f"**Where the time goes, ms: {setting(key)}**", table(("", *names, busy, "step", calls), rows)]
-        parts += [_kernels(r) for r in profiled if r["provider"] in ("peft", "fastlora")]
+        kernels = kernels or [_kernels(r) for r in profiled if r["provider"] in ("peft", "fastlora")]
     if parts:
+        parts += kernels
         parts.append("Low-rank: fastlora's own kernels; products of rank R by a library are among the products.")
     return "\n\n".join(parts)
 
@@ -158,7 +166,8 @@ def profiles(records: list[Record]) -> str:
 def _kernels(r: Record) -> str:
     rows = [(f"`{_short(name)}`", f"{n:,}", f"{us / 1e3:,.2f}") for name, n, us in r["profile"]["kernels"][:_TOP]]
     calls = "launches" if r["profile"]["device"] == "cuda" else "calls"
-    return f"{r['title']}: the {len(rows)} kernels that take the most time\n\n" + table(("", calls, "ms"), rows)
+    head = f"{setting(group(r))}, {r['title']}: the {len(rows)} kernels that take the most time"
+    return f"{head}\n\n{table(('', calls, 'ms'), rows)}"
 
 
 def _short(name: str) -> str:

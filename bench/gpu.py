@@ -140,16 +140,16 @@ def main(argv: list[str]) -> int:
         return 1
     start, call = time.monotonic(), "gpu_more" if args.more else "gpu"
     out = Path(os.environ.get("OUT") or record.RESULTS / machine.slug("cpu" if args.rehearse else "cuda"))
-    out.mkdir(parents=True, exist_ok=True)
     results, log = out / f"{call}.jsonl", out / f"{call}.log"
+    groups = stages.of_call(call, results, args.rehearse, args.only)
+    if not groups:
+        parser.error(f"only is {', '.join(args.only)}, needs the names of stages of this call")
+    out.mkdir(parents=True, exist_ok=True)
     for file in (results, log):
         if file.exists():  # of an earlier call, which the report leaves out
             os.replace(file, f"{file}.before")
         file.touch()
     runner, verdicts = Runner(results, log, args.rehearse), []
-    groups = stages.of_call(call, results, args.rehearse, args.only)
-    if not groups:
-        parser.error(f"only is {', '.join(args.only)}, needs the names of stages of this call")
     try:
         for i, group in enumerate(groups):
             left = stages.LIMITS[call] - (time.monotonic() - start)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..kernels import swiglu_reduce as _swiglu_reduce  # noqa: F401  registers the operators
@@ -74,7 +76,7 @@ class _LoraMLP(torch.autograd.Function):
             h_ds = ops.lora_project_t(dy, last.b, last.b_scale)
         h = ops.swiglu_fwd(gate, up) if any(h_need.w) or (any(h_need.a) and not need_first) else None
         dx = dnorm = db = h_da = None
-        dgate_up: list[torch.Tensor] = []
+        dgate_up: list[Any] = []
         if need_first:
             dh = last.gemm_t(dy, h_ds, h_masks, dtype)
             # Ranks of nobody's gradient are left out: they would be summed for nothing.
@@ -95,6 +97,9 @@ class _LoraMLP(torch.autograd.Function):
             if first.a and (need_input or any(need.a)):
                 ds = ops.lora_project_t(dgate_up, first.b, first.b_scale)
             dn = first.gemm_t(dgate_up, ds, masks, wide_dtype) if need_input else None
+            if not any((*need.w, *need.bias)):
+                dgate_up = [None, None]  # the norm needs their memory
+                del dgate, dup
             if norm_weight is not None:
                 back = through_norm(dn, x, norm_weight, eps, rstd, dout.to(x.dtype), need_norm, need, ds, first, masks)
             else:

@@ -144,7 +144,7 @@ def test_autotuning_measures_a_call_when_it_first_comes_up(monkeypatch, tmp_path
     monkeypatch.setattr(_tiles, "autotune", None)
     _tiles.forget()
     gpu = torch.device("cuda", 0)
-    arguments = ("swiglu", torch.bfloat16, gpu, 0, 64, 0, 0, 0, None, None)
+    arguments = ("swiglu", torch.bfloat16, gpu, 0, 64, 0, 0, 0, None, None, False)
     assert _tiles._choose(*arguments).source == "screened" and not measured
     _tiles.forget()
     measure.install()

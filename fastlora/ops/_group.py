@@ -104,15 +104,14 @@ class Group(NamedTuple):
     def b_ranks(self) -> list[int]:
         return [one.shape[1] for one in self.b]
 
-    def seeds(self) -> torch.Tensor:
-        """Drawn from torch's CPU generator, so that checkpointing replays the masks. Whatever the default device is: a
-        checkpoint's second forward does not see it."""
-        n = len(self.rates)
-        if any(self.rates):
-            return torch.randint(2**62, (n,), device="cpu")
-        return torch.zeros(n, dtype=torch.int64, device="cpu")
+    def seeds(self) -> torch.Tensor | None:
+        """Drawn from torch's CPU generator, so that checkpointing replays the masks; None where nothing drops. Whatever
+        the default device is: a checkpoint's second forward does not see it."""
+        return torch.randint(2**62, (len(self.rates),), device="cpu") if any(self.rates) else None
 
-    def masks(self, x: torch.Tensor, seeds: torch.Tensor) -> list[torch.Tensor | None]:
+    def masks(self, x: torch.Tensor, seeds: torch.Tensor | None) -> list[torch.Tensor | None]:
+        if seeds is None:
+            return [None] * len(self.rates)
         draw = torch.ops.fastlora.dropout_mask
         return [draw(x, seed, rate) if rate else None for seed, rate in zip(seeds, self.rates, strict=True)]
 

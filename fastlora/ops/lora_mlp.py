@@ -30,24 +30,24 @@ class _LoraMLP(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, linked, norm_weight, seeds, eps, dtype, wide, down, n_wide, *params):
+    def forward(ctx, x, linked, norm_weight, seeds, h_seeds, eps, dtype, wide, down, n_wide, *params):
         ops = torch.ops.fastlora
         first, last = wide.filled(params[:n_wide]), down.filled(params[n_wide:])
         wide_dtype = torch.promote_types(x.dtype, dtype)
         if norm_weight is None:
             x = x.to(dtype)
-        masks = first.masks(x, seeds[: len(first.a)])
+        masks = first.masks(x, seeds)
         rstd, n = None, x
         if norm_weight is not None:
             n, rstd, s = ops.rms_norm_project(x, norm_weight, eps, first.a, first.a_scale, masks, dtype)
         else:
             s = ops.lora_project(x, first.a, first.a_scale, masks)
         gate, up = first.gemm(n, s)
-        h_masks = last.masks(gate, seeds[len(first.a) :])
+        h_masks = last.masks(gate, h_seeds)
         h, h_s = ops.swiglu_project(gate, up, last.a, last.a_scale, h_masks)
         residual = None if norm_weight is None else x.to(wide_dtype)
         (y,) = last.gemm(h, h_s, residual)
-        need = wide.filled(ctx.needs_input_grad[9 : 9 + n_wide])
+        need = wide.filled(ctx.needs_input_grad[10 : 10 + n_wide])
         # Without a norm dx asks for the parameters alone.
         kept = x if norm_weight is not None or any(need.a) or any(need.w) else None
         ctx.op = "lora_mlp"
@@ -64,7 +64,7 @@ class _LoraMLP(torch.autograd.Function):
         masks, h_masks, params = rest[:n_masks], rest[n_masks : n_masks + n_h_masks], rest[n_masks + n_h_masks :]
         first, last = wide.filled(params[:n_wide]), down.filled(params[n_wide:])
         need_x, _, need_norm = ctx.needs_input_grad[:3]
-        wanted = ctx.needs_input_grad[9:]
+        wanted = ctx.needs_input_grad[10:]
         need, h_need = wide.filled(wanted[:n_wide]), down.filled(wanted[n_wide:])
         need_input = need_x or need_norm
         dout = dout.contiguous()
@@ -112,7 +112,7 @@ class _LoraMLP(torch.autograd.Function):
         else:
             found = [None] * n_wide
         last_grads = last._replace(w=h_dw, bias=h_dbias, b=parts(h_db, last.b), a=parts(h_da, last.a))
-        return dx, None, dnorm, *(None,) * 6, *found, *last.fit(wanted[n_wide:], last_grads)
+        return dx, None, dnorm, *(None,) * 7, *found, *last.fit(wanted[n_wide:], last_grads)
 
 
 def lora_mlp(
@@ -164,11 +164,10 @@ def lora_mlp(
         _check.dtype(op, "x", x, (gate.weight.dtype,), "to match the weights")
     dtype = product_dtype(x, [gate])
     wide, last = Group.of([gate, up], dtype), Group.of([down], dtype)
-    seeds = torch.cat([wide.seeds(), last.seeds()])
     first, rows = wide.tensors(), x.reshape(-1, K).contiguous()
     linked = link(rows) if norm_weight is None and wide.hides(rows) else None
     y = _LoraMLP.apply(
-        rows, linked, norm_weight, seeds, eps, dtype,
+        rows, linked, norm_weight, wide.seeds(), last.seeds(), eps, dtype,
         wide.static(), last.static(), len(first), *first, *last.tensors(),
     )  # fmt: skip
     return shaped(y, (*x.shape[:-1], down.weight.shape[0]))

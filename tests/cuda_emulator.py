@@ -131,7 +131,7 @@ class Emulator(TorchDispatchMode):
         """A fastlora operator through its CUDA key."""
         from fastlora.kernels import _library
 
-        launcher = _library._outside_autocast(_library._with_fallback(*_library.implementations[function._opname]))
+        launcher = _library._with_fallback(*_library.implementations[function._opname])
         with self, torch._C.DisableTorchFunction():
             out = launcher(*args, **kwargs)
         assert all(isinstance(t, OnCuda) for t in tree_leaves(out) if isinstance(t, torch.Tensor)), (

@@ -89,18 +89,20 @@ implementations: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 
 
 def _with_fallback(launcher: Callable[..., Any], aten: Callable[..., Any]) -> Callable[..., Any]:
-    """The launcher; again with the next candidate where a tile does not run here; the composition when none is left."""
+    """The launcher, outside of autocast; again with the next candidate where a tile does not run here; the composition
+    when none is left."""
 
     @functools.wraps(launcher)
     def run(*args: Any) -> Any:
-        while True:
-            try:
-                return launcher(*args)
-            except LaunchFailed as failure:
-                give_up(failure)
-            except NothingLeft:
-                break
-        return aten(*args)  # outside of the except, which keeps alive all that the launcher has made
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            while True:
+                try:
+                    return launcher(*args)
+                except LaunchFailed as failure:
+                    give_up(failure)
+                except NothingLeft:
+                    break
+            return aten(*args)  # outside of the except, which keeps alive all that the launcher has made
 
     return run
 
@@ -127,7 +129,7 @@ def register(
     tags = [torch.Tag.needs_fixed_stride_order, *([] if cuda_graphs else [torch.Tag.cudagraph_unsafe])]
     name = schema.partition("(")[0]
     implementations[name] = triton, aten
-    triton, aten = _outside_autocast(_with_fallback(triton, aten)), _outside_autocast(aten)
+    triton, aten = _with_fallback(triton, aten), _outside_autocast(aten)
     _library.define(schema, tags=tags)
     _library.impl(name, triton, "CUDA")
     if INTERPRET:

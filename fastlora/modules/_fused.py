@@ -166,11 +166,11 @@ def changes_arguments(module: nn.Module) -> str | None:
 def why_not_called(module: Any) -> str | None:
     """Why the forward of a submodule may not be bypassed: something of the user's is attached to its call."""
     kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(kinds):
+    if kinds[0] or kinds[1] or kinds[2] or kinds[3]:
         owners = {getattr(hook, "__module__", "").split(".")[0] for hooks in kinds for hook in hooks.values()}
         zero = ": ZeRO-3 gathers module by module, see leaf_module in docs/trainers.md" if "deepspeed" in owners else ""
         return f"hooks on the {type(module).__name__}{zero}"
-    if instance_forward(module):
+    if "forward" in module.__dict__ and instance_forward(module):
         return f"the {type(module).__name__}'s forward was replaced on the instance"
     cls: Any = type(module)
     if isinstance(module, Fused) and cls.forward is not cls._fastlora_forward:

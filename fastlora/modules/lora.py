@@ -17,11 +17,20 @@ from ._fused import Fused, Part, why_not_called, why_not_plain
 
 
 class Read(NamedTuple):
-    """A projection as the ops take it, its DoRA magnitude if it has one, and what runs in words."""
+    """A projection as the ops take it, its DoRA magnitude if it has one, and why only its base computes, if so."""
 
     projection: Projection
     magnitude: torch.Tensor | None
-    runs: str
+    base_only: str | None
+
+    @property
+    def runs(self) -> str:
+        """What runs, in words."""
+        over = " over a 4-bit weight" if isinstance(self.projection.weight, Quantised) else ""
+        if self.base_only:
+            return f"fastlora base linear{over}, {self.base_only}"
+        ranks = "+".join(str(branch.a.shape[0]) for branch in self.projection.branches)
+        return f"fastlora {'lora' if self.magnitude is None else 'dora'}{over}, r={ranks}"
 
 
 def _base_only(projection: Any) -> str | None:
@@ -36,7 +45,8 @@ def _base_only(projection: Any) -> str | None:
 
 
 def _active(projection: Any) -> list[str]:
-    return [name for name in projection.active_adapters if name in projection.lora_A]
+    adapters = projection.lora_A
+    return [name for name in projection.active_adapters if name in adapters]
 
 
 def _read(projection: Any, dtype: torch.dtype | None = None) -> Read | str:
@@ -45,34 +55,34 @@ def _read(projection: Any, dtype: torch.dtype | None = None) -> Read | str:
         return why
     adapted = isinstance(projection, peft_lora.LoraLayer)
     base: Any = projection.base_layer if adapted else projection
-    if why := quantised.why_8bit(base):
+    dense = type(base) is nn.Linear
+    if not dense and (why := quantised.why_8bit(base)):
         return why
     if adapted and not (type(projection) is peft_lora.Linear or quantised.is_peft_4bit(projection)):
         return f"{type(projection).__name__} is neither a torch Linear nor a peft lora.Linear"
-    if not (type(base) is nn.Linear or quantised.is_4bit(base)):
+    if not (dense or quantised.is_4bit(base)):
         kind = type(base).__name__
         return f"the base layer is a {kind}" if adapted else f"{kind} is neither a torch Linear nor a peft lora.Linear"
-    for module in {projection, base}:
-        if why := why_not_called(module) or quantised.why_replaced(module):
+    for module in (projection, base) if adapted else (base,):
+        if why := why_not_called(module) or (None if dense else quantised.why_replaced(module)):
             return why
-    weight, over = base.weight, ""
-    if quantised.is_4bit(base):
-        weight = quantised.read(base, dtype)
-        if isinstance(weight, str):
-            return weight
-        over = " over a 4-bit weight"
-    if why := why_not_plain(None if over else weight, base.bias):
+    bias = base.bias
+    weight: Any = base.weight if dense else quantised.read(base, dtype)
+    if isinstance(weight, str):
+        return weight
+    if why := why_not_plain(weight if dense else None, bias):
         return why
     if note := _base_only(projection):
         if adapted and projection.merged and projection.disable_adapters:
             return "merged adapters to be unmerged"
-        return Read(Projection(weight, base.bias), None, f"fastlora base linear{over}, {note}")
+        return Read(Projection(weight, bias), None, note)
     if projection.fan_in_fan_out:
         return "fan_in_fan_out"
     active = _active(projection)
-    bias, branches, magnitude = base.bias, [], None
+    branches, magnitude = [], None
+    all_a, all_b, all_dropout = projection.lora_A, projection.lora_B, projection.lora_dropout
     for name in active:
-        lora_a, lora_b, dropout = projection.lora_A[name], projection.lora_B[name], projection.lora_dropout[name]
+        lora_a, lora_b, dropout = all_a[name], all_b[name], all_dropout[name]
         for module in (lora_a, lora_b, dropout):
             if why := why_not_called(module):
                 return why
@@ -81,7 +91,8 @@ def _read(projection: Any, dtype: torch.dtype | None = None) -> Read | str:
                 return f"a LoRA factor is a {type(module).__name__}"
         if type(dropout) not in (nn.Dropout, nn.Identity):
             return f"lora_dropout is a {type(dropout).__name__}"
-        if why := why_not_plain(lora_a.weight, lora_b.weight, lora_b.bias):
+        a, b, b_bias = lora_a.weight, lora_b.weight, lora_b.bias
+        if why := why_not_plain(a, b, b_bias):
             return why
         if lora_a.bias is not None:
             return "lora_A has a bias"
@@ -92,7 +103,7 @@ def _read(projection: Any, dtype: torch.dtype | None = None) -> Read | str:
         if variant := projection.lora_variant.get(name):
             if not isinstance(variant, DoraLinearVariant):
                 return type(variant).__name__
-            if over:
+            if not dense:
                 return "DoRA over a 4-bit weight"
             if rate or len(active) > 1:
                 return "DoRA with dropout" if rate else "DoRA among several adapters"
@@ -100,12 +111,10 @@ def _read(projection: Any, dtype: torch.dtype | None = None) -> Read | str:
             if why := trust.why_not("dora") or why_not_called(vector):
                 return why
             magnitude = vector.weight
-        if lora_b.bias is not None:
-            bias = lora_b.bias * scaling if bias is None else bias + lora_b.bias * scaling
-        branches.append(Branch(lora_a.weight, lora_b.weight, scaling, rate))
-    ranks = "+".join(str(branch.a.shape[0]) for branch in branches)
-    kind = "lora" if magnitude is None else "dora"
-    return Read(Projection(weight, bias, tuple(branches)), magnitude, f"fastlora {kind}{over}, r={ranks}")
+        if b_bias is not None:
+            bias = b_bias * scaling if bias is None else bias + b_bias * scaling
+        branches.append(Branch(a, b, scaling, rate))
+    return Read(Projection(weight, bias, tuple(branches)), magnitude, None)
 
 
 def _why_not_dtype(dtype: torch.dtype, x: torch.Tensor, read: Read) -> str | None:

@@ -91,7 +91,8 @@ class Group(NamedTuple):
         """The static part with tensors, or anything that stands for each of them, in the order of ``tensors()``."""
         P = len(self.counts)
         w, bias, b, a = tensors[:P], tensors[P : 2 * P], tensors[2 * P : 3 * P], tensors[3 * P :]
-        return self._replace(w=list(w), bias=list(bias), b=list(b), a=list(a))
+        dtype, counts, quantised, _, _, _, b_scale, _, a_scale, rates = self
+        return Group(dtype, counts, quantised, list(w), list(bias), list(b), b_scale, list(a), a_scale, rates)
 
     def hides(self, x: torch.Tensor) -> bool:
         """Whether gradients may depend on x, which trains, without x being saved as it is: see `once`."""
@@ -117,12 +118,12 @@ class Group(NamedTuple):
 
     def _dense(self, i: int) -> torch.Tensor:
         quantised = self.quantised[i]
-        return self.w[i].to(self.dtype) if quantised is None else quantised.dense(self.dtype)
+        return _in(self.dtype, self.w[i]) if quantised is None else quantised.dense(self.dtype)
 
     def gemm(self, n, s, residual=None, cos=None, sin=None) -> list[torch.Tensor]:
         """lora_gemm; with 4-bit weights a launch per projection, where one dense W is gone before the next is made."""
         gemm = torch.ops.fastlora.lora_gemm
-        bias = [None if one is None else one.to(self.dtype) for one in self.bias]
+        bias = [None if one is None else _in(self.dtype, one) for one in self.bias]
         if not any(self.quantised):
             return gemm(n, [self._dense(i) for i in range(len(self.w))], s, self.b, bias, residual, cos, sin)
         y: list[torch.Tensor] = []
@@ -149,9 +150,14 @@ class Group(NamedTuple):
     def fit(self, need: Sequence[bool], grads: Group) -> list[torch.Tensor | None]:
         """The gradients of ``tensors()`` in the dtypes of their parameters; None where none is needed."""
         return [
-            None if g is None or like is None or not wanted else g.to(like.dtype)
+            None if g is None or like is None or not wanted else _in(like.dtype, g)
             for g, wanted, like in zip(grads.tensors(), need, self.tensors(), strict=True)
         ]
+
+
+def _in(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in a dtype. To ask first is faster than to convert nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def parts(flat: torch.Tensor | None, like: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
@@ -159,7 +165,7 @@ def parts(flat: torch.Tensor | None, like: Sequence[torch.Tensor]) -> list[torch
     if flat is None or not like:
         return [None] * len(like)
     if len({one.dtype for one in like}) == 1:
-        flat = flat.to(like[0].dtype)
+        flat = _in(like[0].dtype, flat)
     pieces = flat.split([one.numel() for one in like])
     return [piece.view(one.shape) for piece, one in zip(pieces, like, strict=True)]
 
@@ -199,7 +205,7 @@ def through_norm(dn, x, norm_weight, eps, rstd, dcarry, need_norm, need, ds, gro
 
 def shaped(y: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """y, which nobody else holds, in another shape and no view: FSDP warns of a layer whose output is one."""
-    return torch.ops.aten._unsafe_view(y, shape)
+    return torch.ops.aten._unsafe_view.default(y, shape)
 
 
 def product_dtype(x: torch.Tensor, projections: Sequence[Projection]) -> torch.dtype:
@@ -212,6 +218,8 @@ def check_projections(op: str, x: torch.Tensor, projections: dict[str, Projectio
     """Raise unless the projections, by name, go with x and are of one dtype; K, their inputs, comes from ``of``."""
     base = next(iter(projections.values())).weight.dtype
     for name, (weight, bias, branches) in projections.items():
+        if _fits(x, weight, bias, branches, base, K):
+            continue  # by far the most often: what is wrong is found out in words below
         _check.dtype(op, f"{name}.weight", weight, _check.FLOATS)
         _check.shape(op, f"{name}.weight", weight, (None, K), f"as (N, K) with K {of}")
         _check.dtype(op, f"{name}.weight", weight, (base,), "to match the other projections")
@@ -223,6 +231,22 @@ def check_projections(op: str, x: torch.Tensor, projections: dict[str, Projectio
                 raise ValueError(f"{op}: {name}.dropout is {rate}, needs a probability from 0 to 1")
             _check.same_device(op, "x", x, **{f"{name}.a": a, f"{name}.b": b})
         _check.same_device(op, "x", x, **{f"{name}.weight": weight, f"{name}.bias": bias})
+
+
+def _fits(x, weight, bias, branches, base, K) -> bool:
+    """Whether all that `check_projections` asks of a projection holds."""
+    N, device = weight.shape[:1], x.device
+    if weight.dtype != base or base not in _check.FLOATS or weight.shape != (*N, K) or weight.device != device:
+        return False
+    if device.type not in ("cpu", "cuda") or (bias is not None and (bias.shape != N or bias.device != device)):
+        return False
+    for a, b, _, rate in branches:
+        rank = a.shape[:1]
+        if a.shape != (*rank, K) or b.shape != (*N, *rank) or not 1 <= rank[0] <= 512 or not 0 <= rate <= 1:
+            return False
+        if a.dtype != b.dtype or a.dtype not in (base, torch.float32) or a.device != device or b.device != device:
+            return False
+    return True
 
 
 def check_adapter(op, name, base, weight, a, b):

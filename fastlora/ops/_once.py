@@ -21,10 +21,10 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Any) -> Any:
         saved = ctx.saved_tensors  # once: checkpointing counts
+        if not torch.is_grad_enabled():
+            return backward(ctx, saved, *grads)
         with torch.no_grad():
             found = backward(ctx, saved, *grads)
-        if not torch.is_grad_enabled():
-            return found
         return _refusing(ctx.op, found, (*saved, *grads))
 
     return run

@@ -78,6 +78,8 @@ def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():  # in most backwards
+            return function(*args)
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
             return function(*args)
 
@@ -92,17 +94,17 @@ def _with_fallback(launcher: Callable[..., Any], aten: Callable[..., Any]) -> Ca
     """The launcher, outside of autocast; again with the next candidate where a tile does not run here; the composition
     when none is left."""
 
+    @_outside_autocast
     @functools.wraps(launcher)
     def run(*args: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-            while True:
-                try:
-                    return launcher(*args)
-                except LaunchFailed as failure:
-                    give_up(failure)
-                except NothingLeft:
-                    break
-            return aten(*args)  # outside of the except, which keeps alive all that the launcher has made
+        while True:
+            try:
+                return launcher(*args)
+            except LaunchFailed as failure:
+                give_up(failure)
+            except NothingLeft:
+                break
+        return aten(*args)  # outside of the except, which keeps alive all that the launcher has made
 
     return run
 

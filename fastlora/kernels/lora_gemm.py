@@ -275,7 +275,7 @@ def lora_gemm_t(
 
 
 def _columns(s, ranks):
-    return s.split(ranks, 1) if ranks else ()
+    return s.split_with_sizes(ranks, 1) if ranks else ()
 
 
 def _finish(y, residual, cos, sin):

@@ -33,20 +33,16 @@ class Read(NamedTuple):
         return f"fastlora {'lora' if self.magnitude is None else 'dora'}{over}, r={ranks}"
 
 
-def _base_only(projection: Any) -> str | None:
-    """In words, why only the base layer of a projection computes now; None where adapters do."""
+def _active(projection: Any) -> list[str] | str:
+    """The adapters that compute now; where none does and the base layer alone computes, why, in words."""
     if not isinstance(projection, peft_lora.LoraLayer):
         return "no adapter"
     if projection.disable_adapters:
         return "adapters disabled"
     if projection.merged:
         return "adapters merged"
-    return None if _active(projection) else "no active adapter"
-
-
-def _active(projection: Any) -> list[str]:
     adapters = projection.lora_A
-    return [name for name in projection.active_adapters if name in adapters]
+    return [name for name in projection.active_adapters if name in adapters] or "no active adapter"
 
 
 def _read(projection: Any, dtype: torch.dtype | None = None) -> Read | str:
@@ -72,13 +68,13 @@ def _read(projection: Any, dtype: torch.dtype | None = None) -> Read | str:
         return weight
     if why := why_not_plain(weight if dense else None, bias):
         return why
-    if note := _base_only(projection):
+    active = _active(projection)
+    if isinstance(active, str):
         if adapted and projection.merged and projection.disable_adapters:
             return "merged adapters to be unmerged"
-        return Read(Projection(weight, bias), None, note)
+        return Read(Projection(weight, bias), None, active)
     if projection.fan_in_fan_out:
         return "fan_in_fan_out"
-    active = _active(projection)
     branches, magnitude = [], None
     all_a, all_b, all_dropout = projection.lora_A, projection.lora_B, projection.lora_dropout
     for name in active:
@@ -165,11 +161,11 @@ def why_only_once(layer: Any) -> str | None:
 def state(layer: Any) -> list[Any]:
     """What the adapters of a layer compute with beside their weights: a second forward has to find the same."""
     return [
-        (
-            _base_only(projection),
-            *((n, projection.scaling[n], projection.lora_dropout[n].training) for n in _active(projection)),
-        )
+        active
+        if isinstance(active, str)
+        else [(n, projection.scaling[n], projection.lora_dropout[n].training) for n in active]
         for projection in _projections(layer)
+        for active in [_active(projection)]
     ]
 
 

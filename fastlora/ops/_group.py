@@ -166,7 +166,7 @@ def parts(flat: torch.Tensor | None, like: Sequence[torch.Tensor]) -> list[torch
         return [None] * len(like)
     if len({one.dtype for one in like}) == 1:
         flat = _in(like[0].dtype, flat)
-    pieces = flat.split([one.numel() for one in like])
+    pieces = flat.split_with_sizes([one.numel() for one in like])
     return [piece.view(one.shape) for piece, one in zip(pieces, like, strict=True)]
 
 

@@ -5,6 +5,7 @@
     python -m bench train_step            whole-model training steps, all providers
     python -m bench saved_bytes           bytes kept for backward, per token and layer
     python -m bench launches              kernels per layer and step; bytes moved outside the big products (traffic)
+    python -m bench host                  CPU time of a layer's step between a GPU's kernels: any machine
     python -m bench tune                  tiles and libraries against each other, per kernel call
     python -m bench report                Markdown tables and plots of what was measured
     python -m bench rows FOLDER           measured rows into fastlora/kernels/_rows.py
@@ -74,8 +75,8 @@ def _load(module: str):
 
 
 _MODULES = (
-    *("train_step", "saved_bytes", "launches", "tune", "report", "compare", "rows", "precompile", "parity", "trust"),
-    "gpu",
+    *("train_step", "saved_bytes", "launches", "host", "tune", "report", "compare", "rows", "precompile", "parity"),
+    *("trust", "gpu"),
 )
 _COMMANDS = {"ops": _ops} | {name: _load(name) for name in _MODULES}
 _COMMANDS["traffic"] = _COMMANDS["launches"]

@@ -11,30 +11,27 @@ such a turn.
 from __future__ import annotations
 
 import gc
-import importlib
-import pkgutil
 import statistics
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import nn
 
-import fastlora.kernels
 from fastlora.kernels import _library, _tiles, _tl
 
-from . import models, record
+from . import layer, record
 from .cli import common_options, new_parser, open_sink
 from .providers import environment
+from .setting import Setting, batch
 from .step_providers import BY_NAME, StepProvider
 
 _PROVIDERS = ("peft", "peft-bf16", "fastlora", "fastlora-bf16")
 _LAYERS = 8
+_WARM = 5
 
 
 def main(argv: list[str]) -> int:
@@ -58,11 +55,11 @@ def measure(
     names: tuple[str, ...], dtype: torch.dtype, arch: int = 90, tokens: int = 16, steps: int = 100
 ) -> Iterator[record.Record]:
     """A record of each provider: milliseconds of a layer, forward and backward."""
-    threads = torch.get_num_threads()
+    setting, threads = Setting("tiny", dtype, "cpu", 1, tokens, _LAYERS), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with launchers_on_the_cpu(arch), environment({"FASTLORA_ATTENTION": "sdpa"}):
-            times = _in_turns([BY_NAME[name] for name in names], dtype, tokens, steps)
+            times = _in_turns([BY_NAME[name] for name in names], setting, steps)
     finally:
         torch.set_num_threads(threads)
     for name, ms in times.items():
@@ -78,35 +75,29 @@ def measure(
         yield line
 
 
-def _in_turns(providers: list[StepProvider], dtype: torch.dtype, tokens: int, steps: int) -> dict[str, list[float]]:
-    base = models.base_model(replace(models.SHAPES["tiny"], layers=_LAYERS), dtype, "cpu")
-    ready = {provider.name: provider.build(base, 16, 0.0) for provider in providers}
-    ids = torch.randint(256, (1, tokens))
+def _in_turns(providers: list[StepProvider], setting: Setting, steps: int) -> dict[str, list[float]]:
+    """Milliseconds of a layer, step by step but the first; caches are as the provider before leaves them."""
+    base, made = setting.base_model(), batch(setting)
+    ready = {provider.name: provider.build(base, setting.rank, setting.dropout) for provider in providers}
     times: dict[str, list[float]] = {name: [] for name in ready}
-    for model in [*ready.values()] * 5:
-        _step(model, ids, dtype)
-    gc.collect()
-    for _ in range(steps):
+    for _ in range(_WARM + steps):
         for name, model in ready.items():
             begin = time.perf_counter()
-            _step(model, ids, dtype)
-            times[name].append(1e3 * (time.perf_counter() - begin) / _LAYERS)
-    return times
-
-
-def _step(model: nn.Module, ids: torch.Tensor, dtype: torch.dtype) -> None:
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
+            with setting.context():
+                loss = model(**made).loss
+            loss.backward()
+            times[name].append(1e3 * (time.perf_counter() - begin) / setting.layers)
+        if len(times[name]) == _WARM:
+            gc.collect()
+    return {name: ms[_WARM:] for name, ms in times.items()}
 
 
 @contextmanager
 def launchers_on_the_cpu(arch: int) -> Iterator[None]:
     """Within it fastlora's operators run their Triton launchers on CPU tensors, and a launch only looks itself up."""
-    started: dict[Any, None] = {}
 
     def launch(kernel: Any, grid: tuple[int, ...], *args: Any, choice: Any = None, **meta: Any) -> None:
-        started.get((kernel, choice and choice.tile.warps, _tl.kinds(args), tuple(meta.items())))
+        hash((kernel, choice and choice.tile.warps, _tl.kinds(args), tuple(meta.items())))
 
     library = torch.library.Library("fastlora", "IMPL")
     with ExitStack() as stack:
@@ -115,8 +106,7 @@ def launchers_on_the_cpu(arch: int) -> Iterator[None]:
         for name, ways in _library.implementations.items():
             library.impl(name, _library._with_fallback(*ways), "CPU", allow_override=True)
         stack.callback(library._destroy)
-        for info in pkgutil.iter_modules(fastlora.kernels.__path__):
-            module = importlib.import_module(f"fastlora.kernels.{info.name}")
+        for module in layer.kernel_modules():
             if hasattr(module, "launch"):
                 stack.enter_context(mock.patch.object(module, "launch", launch))
         stack.enter_context(_tiles.assumed_arch(arch))

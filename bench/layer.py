@@ -87,7 +87,7 @@ def traced(dispatch: TorchDispatchMode, launch: Launch, arch: int = 80) -> Itera
     arch: the GPU whose tiles are chosen, whichever is there; an A100 unless told.
     """
     with ExitStack() as stack:
-        for module in _kernel_modules():
+        for module in kernel_modules():
             if hasattr(module, "launch"):
                 stack.enter_context(mock.patch.object(module, "launch", launch))
         # Meta tensors have no autocast to ask about.
@@ -129,7 +129,7 @@ class _FlashAttention(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _kernel_modules() -> list[Any]:
+def kernel_modules() -> list[Any]:
     import fastlora.kernels
     import fastlora.ops
 

@@ -148,7 +148,7 @@ def _commit() -> str:
 def _csrc() -> str:
     from fastlora.kernels import _library
 
-    return _library.csrc_state
+    return _library.csrc_state.partition(";")[0]  # without the command, which names a folder of this machine
 
 
 def _nvidia_smi(query: str) -> str:

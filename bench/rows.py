@@ -8,10 +8,11 @@ says on which GPU, when and with which versions it was measured, and what it won
 
 from __future__ import annotations
 
+import ast
 import json
 import os
-import re
 import tempfile
+import textwrap
 from itertools import groupby
 from pathlib import Path
 
@@ -22,7 +23,6 @@ from fastlora.tuning import rows
 from .cli import new_parser
 
 _FILE = Path(_rows.__file__)
-_ROW = re.compile(r'\s*Row\("(?P<kernel>\w+)", (?P<arch>\d+),')
 
 
 def main(argv: list[str]) -> int:
@@ -59,15 +59,19 @@ def replaced(source: str, measured: list[Row]) -> str:
     """
     new = {key: list(group) for key, group in groupby(measured, key=lambda row: (row.kernel, row.arch))}
     gone = set(new)
+    calls = [node for node in ast.walk(ast.parse(textwrap.dedent(source))) if isinstance(node, ast.Call)]
+    starts = {call.lineno: call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "Row"}
     lines: list[str] = []
-    for line in source.splitlines():
-        if found := _ROW.match(line):
-            kernel = found["kernel"]
+    skipped = 0  # the last line of a row that goes
+    for number, line in enumerate(source.splitlines(), 1):
+        if call := starts.get(number):
+            kernel, arch = (ast.literal_eval(one) for one in call.args[:2])
             for key in [key for key in new if key[0] == kernel]:
-                lines += [f"    {rows.source(row)}" for row in new.pop(key)]
-            if (kernel, int(found["arch"])) in gone:
-                continue
-        lines.append(line)
+                lines += [f"    {text}" for row in new.pop(key) for text in rows.source(row).splitlines()]
+            if (kernel, arch) in gone:
+                skipped = call.end_lineno or number
+        if number > skipped:
+            lines.append(line)
     if new:
         raise KeyError(f"no row of {', '.join(kernel for kernel, _ in new)} to put the measured ones beside")
     return "\n".join(lines) + "\n"

@@ -2,11 +2,12 @@
 
     TRITON_INTERPRET=1 python -m pytest -p cuda_emulator --device cuda tests/ops
 
-Tensors "on cuda:0" are `OnCuda`, which hold a CPU tensor. A mode sees every operator: it refuses those that mix devices
-as PyTorch does, gives results their device, keeps CUDA's random numbers apart, and runs fastlora's operators through the
-launchers of their CUDA key. So the host code of the CUDA path runs, with the mistakes that only two devices show: a
-tensor made on the default device, a mask or a seed left on the CPU. It knows no streams, no memory, no speed, and nothing
-of tensors without storage: `make test-emulated` leaves out torch.compile, fake tensors and opcheck.
+Tensors "on cuda:0" are `OnCuda`, which hold a CPU tensor. A mode sees every operator: it refuses those that mix
+devices as PyTorch does, gives results their device, keeps CUDA's random numbers apart, and runs fastlora's
+operators through the launchers of their CUDA key. So the host code of the CUDA path runs, with the mistakes that
+only two devices show: a tensor made on the default device, a mask or a seed left on the CPU. It knows no streams,
+no memory, no speed, and nothing of tensors without storage: `make test-emulated` leaves out torch.compile, fake
+tensors and opcheck.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which implementation a call runs, and in which tiles: one function, `choose`, asked by every launcher.
 
-In this order: what a FASTLORA_* variable forces, what `fastlora tune` measured on this GPU, the shipped row of the
-architecture (`_rows.py`), the default row, and the library's own way. What failed to compile or to launch is left out
-for the rest of the process.
+In this order: what a FASTLORA_* variable forces, for fp32 products on a GPU the library, what `fastlora tune`
+measured on this GPU, the shipped row of the architecture (`_rows.py`), the default row, and the library's own way.
+What failed to compile or to launch is left out for the rest of the process.
 """
 
 from __future__ import annotations

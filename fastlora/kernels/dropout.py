@@ -12,8 +12,8 @@ from ._tl import cdiv, launch, require_no_capture, tl, triton
 def keep(p_mask, o_m, m_m, i_k, K8, WIDTH: tl.constexpr):
     """The mask of a tile, rows o_m (int64) by WIDTH columns from i_k on, a multiple of 8, as booleans.
 
-    A byte is read once for its eight columns: read for each of them, in the layout of a product, it took most of the
-    time of a kernel.
+    A byte is read once for its eight columns. Kernels that read it for each of them, in the layout of a product, took 3
+    to 25 times as long as without a mask (H200).
     """
     o_b = i_k // 8 + tl.arange(0, WIDTH // 8)
     p = p_mask + o_m[:, None] * K8 + o_b[None, :]

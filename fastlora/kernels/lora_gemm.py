@@ -252,8 +252,9 @@ def lora_gemm_t(
     kernel = "lora_gemm_t_dropout" if any(masked) else "lora_gemm_t"
     choice = choose(kernel, dy[0], m=M, n=K, k=sum(N), r=sum(ranks), p=len(N))
     if choice.method != "triton":
-        wide = dtype not in (None, dy[0].dtype)
-        return (_gemm_t_masked if any(masked) and not wide else _gemm_t_aten)(dy, w, ds, a, masks, dtype)
+        if any(masked) and dtype in (None, dy[0].dtype):
+            return _gemm_t_masked(dy, w, ds, a, masks)
+        return _gemm_t_aten(dy, w, ds, a, masks, dtype)
     dx = dy[0].new_empty(M, K, dtype=dtype)
     t = choice.tile
     launch(
@@ -318,8 +319,11 @@ def _gemm_t_aten(dy, w, ds, a, masks, dtype=None):
     return dx
 
 
-def _gemm_t_masked(dy, w, ds, a, masks, dtype):
-    """Σ mask ∘ (ds A) first, by one kernel, and the library's GEMMs on top of it."""
+def _gemm_t_masked(dy, w, ds, a, masks):
+    """Σ mask ∘ (ds A) first, by one kernel, and the library's GEMMs on top of it.
+
+    The tile is the largest of those tried that spills for no rank and dtype, on sm_80 and sm_90.
+    """
     M, K = dy[0].shape[0], w[0].shape[1]
     ranks = tuple(one.shape[0] for one in a)
     dx = dy[0].new_empty(M, K)

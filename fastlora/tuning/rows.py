@@ -125,7 +125,8 @@ def source(row: Row) -> str:
         value = getattr(row, one.name)
         if value != one.default:
             parts.append(f"{one.name}={value!r}")
-    return f"Row({', '.join(parts)}),".replace("'", '"')
+    text = f"Row({', '.join(parts)}),".replace("'", '"')
+    return text if len(text) <= 116 else text.replace(" provenance=", "\n    provenance=")
 
 
 def _literal(tile: Tile) -> str:

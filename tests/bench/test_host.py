@@ -15,12 +15,14 @@ def test_it_measures_the_path_of_a_gpu(monkeypatch, tmp_path):
     _, (peft, ours) = record.load(tmp_path / "host.jsonl")
     assert peft["ms"]["n"] == ours["ms"]["n"] == 2 and "figures" not in peft
     assert ours["figures"]["against PEFT"] > 0 and ours["mode"] == "rows of sm_90"
-    assert len(looked_up) > 10 * host._LAYERS  # the launches of seven steps
+    assert len(looked_up) > 10 * host._LAYERS * (host._WARM + 2)  # the launches of so many steps
 
 
-def test_the_operators_are_themselves_again():
+def test_the_operators_are_themselves_again(monkeypatch):
+    looked_up = []
+    monkeypatch.setattr(host._tl, "kinds", lambda args: looked_up.append(args) or ())
     x, up = torch.randn(5, 8), torch.randn(5, 8)
     expected = ops.swiglu(x, up)
     with host.launchers_on_the_cpu(90):
-        assert not torch.equal(ops.swiglu(x, up), expected), "no launcher ran"
-    assert torch.equal(ops.swiglu(x, up), expected)
+        ops.swiglu(x, up)
+    assert torch.equal(ops.swiglu(x, up), expected) and len(looked_up) == 1
